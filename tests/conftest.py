@@ -193,11 +193,12 @@ def pytest_configure(config):
     config.addinivalue_line(
         "markers", "loop_kinds(*kinds, reason): the test holds on these loop kinds only, for this reason"
     )
+    config.addinivalue_line("markers", "threads: several threads run our code at once; make test-tsan runs these")
     kinds = available_loop_kinds()
     if (asked := config.getoption("--loops")) is not None:
         asked = [name.strip() for name in asked.split(",")]
         if missing := [name for name in asked if name not in kinds]:
-            raise pytest.UsageError(f"--loops: not available here: {', '.join(missing)} (there are: {', '.join(kinds)})")
+            raise pytest.UsageError(f"--loops: not here: {', '.join(missing)} (there are: {', '.join(kinds)})")
         kinds = [name for name in kinds if name in asked]
     config.loop_kinds = kinds
 
@@ -211,9 +212,9 @@ def pytest_report_header(config):
 
 def pytest_generate_tests(metafunc):
     names = metafunc.fixturenames
-    if inspect.iscoroutinefunction(metafunc.function) or is_async_hypothesis_test(metafunc.function):
-        if "loop_kind" not in names:
-            names.append("loop_kind")
+    is_async = inspect.iscoroutinefunction(metafunc.function) or is_async_hypothesis_test(metafunc.function)
+    if is_async and "loop_kind" not in names:
+        names.append("loop_kind")
     marker = metafunc.definition.get_closest_marker("loop_kinds")
     if "loop_kind" not in names:
         if marker is not None:
@@ -285,5 +286,5 @@ def run(request, loop_kind):
 
 @pytest.fixture
 def loop_errors(request):
-    """What reached the exception handler of the test's loops; see LoopErrors. What is left at the end fails the test."""
+    """What reached the exception handler of the test's loops: a LoopErrors. What is left in it fails the test."""
     return harness_of(request.node).errors

@@ -17,9 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 HERE = pathlib.Path(__file__).parent
 CORE = HERE.parent / "src" / "_aiotools"
-COMPILER = shlex.split(os.environ.get("CC", "")) or [
-    name for name in ("cc", "gcc", "clang") if shutil.which(name)
-][:1]
+COMPILER = shlex.split(os.environ.get("CC", "")) or [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
 
 pytestmark = [
     pytest.mark.skipif(not CORE.is_dir(), reason="the C sources are not beside the tests"),
@@ -192,6 +190,4 @@ def test_the_heap_does_what_heapq_does(heap_library):
         def the_heap_is_sound(self):
             assert library.aiot_heap_check(self.heap) == 1
 
-    run_state_machine_as_test(
-        HeapAgainstHeapq, settings=settings(settings(), max_examples=60, stateful_step_count=40)
-    )
+    run_state_machine_as_test(HeapAgainstHeapq, settings=settings(settings(), max_examples=60, stateful_step_count=40))
