@@ -618,7 +618,7 @@ class LoopThread:
         except BaseException as exc:
             if not self._running.done():
                 self._running.set_exception(exc)
-            elif self._at_exit and "can't start new thread at interpreter shutdown" in str(exc):
+            elif self._at_exit and "can't create new thread" in str(exc):
                 # Python 3.12 cannot start the thread that asyncio shuts the executor down with.
                 # The interpreter joins the executor's threads then.
                 pass
