@@ -91,6 +91,11 @@ bench: build ## the benchmarks, side by side with asyncio and its rivals
 dist: ## sdist and wheel in dist/, checked; the wheel passes the sdist's suite in a clean environment
 	tools/dist $(PYTHON)
 
+.PHONY: wheels
+wheels: ## wheels for all Pythons on this platform, in wheelhouse/ (cibuildwheel: Docker on Linux)
+	@tools/venv $(PYTHON) .work/venvs/wheels wheels
+	.work/venvs/wheels/$(BIN)/python -m cibuildwheel --output-dir wheelhouse
+
 .PHONY: changes
 changes: ## what CHANGES.rst will say about the fragments in changes/
 	@tools/venv $(PYTHON) $(TOOLS) build-system dev

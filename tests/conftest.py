@@ -58,7 +58,9 @@ def make_loop(kind):
     if kind == "uvloop":
         import uvloop
 
-        return uvloop.new_event_loop()
+        loop = uvloop.new_event_loop()
+        loop.set_debug(False)
+        return loop
     loop = asyncio.new_event_loop()
     loop.set_debug(kind == "debug")
     if kind == "eager":
@@ -184,8 +186,8 @@ def is_async_hypothesis_test(function):
 def pytest_addoption(parser):
     parser.addoption(
         "--loops",
-        help=f"run on these loop kinds only, comma-separated (of {', '.join(LOOP_KINDS)}); "
-        "one that is named must be available",
+        help=f"run on these loop kinds only, comma-separated (of {', '.join(LOOP_KINDS)}); one that is named "
+        "must be available; 'asyncio' is all but uvloop",
     )
 
 
@@ -196,7 +198,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "threads: several threads run our code at once; make test-tsan runs these")
     kinds = available_loop_kinds()
     if (asked := config.getoption("--loops")) is not None:
+        asyncio_kinds = [kind for kind in kinds if kind != "uvloop"]
         asked = [name.strip() for name in asked.split(",")]
+        asked = [kind for name in asked for kind in (asyncio_kinds if name == "asyncio" else [name])]
         if missing := [name for name in asked if name not in kinds]:
             raise pytest.UsageError(f"--loops: not here: {', '.join(missing)} (there are: {', '.join(kinds)})")
         kinds = [name for name in kinds if name in asked]
