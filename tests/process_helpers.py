@@ -25,8 +25,11 @@ if sys.version_info < (3, 14):
     START_METHODS.insert(0, "fork")
 
 
-@pytest.fixture(params=START_METHODS)
-def mp_context(request):
+# Test modules import the fixtures by their functions' names.
+
+
+@pytest.fixture(params=START_METHODS, name="mp_context")
+def mp_context_fixture(request):
     return multiprocessing.get_context(request.param)
 
 
@@ -96,14 +99,20 @@ def start_mp_helpers():
         uvloop.new_event_loop().close()
 
 
-@pytest.fixture
-def nothing_left():
+@pytest.fixture(name="nothing_left")
+def nothing_left_fixture():
     """Fails the test if the process owns more than before it, or other signal settings."""
     start_mp_helpers()
+    # A shell starts its background jobs with SIGINT ignored.
+    sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = Footprint()
-    yield
+    try:
+        yield
+    finally:
+        later = Footprint()
+        signal.signal(signal.SIGINT, sigint)
     # Exactly those that the test started are gone at once: nothing here waits.
-    if left := before.differences(Footprint()):
+    if left := before.differences(later):
         pytest.fail("the test left behind:\n  " + "\n  ".join(left), pytrace=False)
 
 

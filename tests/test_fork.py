@@ -20,8 +20,8 @@ from process_helpers import (
     START_METHODS,
     Wire,
     children_of,
-    mp_context,
-    nothing_left,
+    mp_context_fixture,  # noqa: F401
+    nothing_left_fixture,  # noqa: F401
     open_descriptors,
     wait_process_gone,
 )
