@@ -4,16 +4,17 @@
 
 Three descriptors connect a child with its parent:
 
-- *ready*: a pipe on which the child writes one byte when its signal dispositions are in place.  The parent sees either the
-  byte or the end of file of a child that died before.
-- *guard*: a pipe of which the parent keeps the write end and never writes.  The kernel tells the child (``SIGIO``) when the
-  last write end is closed, that is when the parent is gone in whatever way; the default action of that signal ends the
-  child, without any thread in it and also under a fork server.  A parent-death signal cannot do this: it follows the thread
-  that forked, and the fork server instead of the parent.
+- *ready*: a pipe on which the child writes one byte when its signal dispositions are in place.  The parent sees
+  either the byte or the end of file of a child that died before.
+- *guard*: a pipe of which the parent keeps the write end and never writes.  The kernel tells the child (``SIGIO``)
+  when the last write end is closed, that is when the parent is gone in whatever way; the default action of that
+  signal ends the child, without any thread in it and also under a fork server.  A parent-death signal cannot do this:
+  it follows the thread that forked, and the fork server instead of the parent.
 - the process itself: a pidfd where the system has them, else it is polled.
 
-With the ``fork`` start method a child inherits a copy of every descriptor of its parent.  The parent's ends of these pipes
-must not live on in its siblings (a sibling would keep the guard open), so they are closed in every forked process.
+With the ``fork`` start method a child inherits a copy of every descriptor of its parent.  The parent's ends of these
+pipes must not live on in its siblings (a sibling would keep the guard open), so they are closed in every forked
+process.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import weakref
 from abc import ABCMeta, abstractmethod
 from asyncio import get_running_loop
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, TypeAlias, Union
+from typing import Any, ClassVar, TypeAlias
 
 try:
     import fcntl
@@ -50,27 +51,21 @@ __all__ = (
 log = logging.getLogger(__name__)
 
 if sys.platform != "win32":
-    MPContext: TypeAlias = Union[
-        multiprocessing.context.DefaultContext,
-        multiprocessing.context.ForkContext,
-        multiprocessing.context.ForkServerContext,
-        multiprocessing.context.SpawnContext,
-    ]
-    MPProcess: TypeAlias = Union[
-        multiprocessing.context.Process,
-        multiprocessing.context.SpawnProcess,
-        multiprocessing.context.ForkProcess,
-        multiprocessing.context.ForkServerProcess,
-    ]
+    MPContext: TypeAlias = (
+        multiprocessing.context.DefaultContext
+        | multiprocessing.context.ForkContext
+        | multiprocessing.context.ForkServerContext
+        | multiprocessing.context.SpawnContext
+    )
+    MPProcess: TypeAlias = (
+        multiprocessing.context.Process
+        | multiprocessing.context.SpawnProcess
+        | multiprocessing.context.ForkProcess
+        | multiprocessing.context.ForkServerProcess
+    )
 else:
-    MPContext: TypeAlias = Union[
-        multiprocessing.context.DefaultContext,
-        multiprocessing.context.SpawnContext,
-    ]
-    MPProcess: TypeAlias = Union[
-        multiprocessing.context.Process,
-        multiprocessing.context.SpawnProcess,
-    ]
+    MPContext: TypeAlias = multiprocessing.context.DefaultContext | multiprocessing.context.SpawnContext
+    MPProcess: TypeAlias = multiprocessing.context.Process | multiprocessing.context.SpawnProcess
 
 
 def _probe_pidfd() -> bool:
@@ -89,8 +84,8 @@ def _probe_pidfd() -> bool:
 
 _has_pidfd = _probe_pidfd()
 
-# Descriptors that belong to this process alone.  A fork copies the whole process, so this is a fact about the process and
-# not about an interpreter or a loop; entries are weak and vanish with the objects that own the descriptors.
+# Descriptors that belong to this process alone.  A fork copies the whole process, so this is a fact about the process
+# and not about an interpreter or a loop; entries are weak and vanish with the objects that own the descriptors.
 _parent_only: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -169,7 +164,8 @@ class _MPChildProcess(AbstractChildProcess):
         self._pid = pid
         self._returncode: int | None = None
         self._guard: Any = None
-        # Not a child of this process but of multiprocessing's fork server, which reports the exit code over the sentinel.
+        # Not a child of this process but of multiprocessing's fork server, which reports the exit code over the
+        # sentinel.
         popen = getattr(proc, "_popen", None)
         self._foreign = getattr(popen, "method", None) == "forkserver"
         #: Whether the kernel wrote a core dump; None while running and where that is unknown.
@@ -260,7 +256,7 @@ class PosixChildProcess(_MPChildProcess):
         os.kill(self._pid, signum)
 
     async def wait(self) -> int:
-        while (code := self._collect()) is None:
+        while (code := self._collect()) is None:  # noqa: ASYNC110
             await asyncio.sleep(self.poll_interval)
         return code
 
@@ -305,10 +301,9 @@ class PidfdChildProcess(_MPChildProcess):
             loop.add_reader(self._sentinel, self._on_exit)
 
     def _collect(self) -> int | None:
-        if self._returncode is None and self._foreign:
-            # The sentinel alone would not do: it also ends with the fork server, while the child lives on.
-            if not multiprocessing.connection.wait([self._pidfd], 0):
-                return None
+        # For a fork server's child the sentinel alone would not do: it also ends with the fork server.
+        if self._returncode is None and self._foreign and not multiprocessing.connection.wait([self._pidfd], 0):
+            return None
         return super()._collect()
 
     def _finish(self, code: int | None) -> int:
@@ -412,10 +407,7 @@ def _child_main(child_func: Callable[[], int], ready: Any, guard: Any, block: tu
             ready.send_bytes(b"\0")
             ready.close()
             result = child_func()
-            if isinstance(result, int):
-                code = result & 0xFF
-            else:
-                code = 1
+            code = result & 255 if isinstance(result, int) else 1
         except SystemExit:
             code = 241
         except KeyboardInterrupt:
@@ -436,8 +428,8 @@ def _child_main(child_func: Callable[[], int], ready: Any, guard: Any, block: tu
 def start_helpers(ctx: Any) -> None:
     """Start the helper processes of multiprocessing that *ctx* needs.
 
-    To be called before signals are blocked: the resource tracker's start unblocks SIGINT and SIGTERM in the calling thread,
-    and a fork server hands the mask that it was started with to all its children, of whomever.
+    To be called before signals are blocked: the resource tracker's start unblocks SIGINT and SIGTERM in the calling
+    thread, and a fork server hands the mask that it was started with to all its children, of whomever.
     """
     method = ctx.get_start_method()
     if method in ("spawn", "forkserver") and sys.platform != "win32":
@@ -526,7 +518,8 @@ async def _wait_ready(loop: asyncio.AbstractEventLoop, child: _MPChildProcess, r
             fut.set_result(None)
 
     loop.add_reader(ready.fileno(), wake)
-    # The end of file alone would do, were it not for other threads that fork in the wrong moment and keep the pipe open.
+    # The end of file alone would do, were it not for other threads that fork in the wrong moment and keep the pipe
+    # open.
     ended = loop.create_task(child.wait())
     ended.add_done_callback(wake)
     try:
@@ -544,13 +537,13 @@ async def _wait_ready(loop: asyncio.AbstractEventLoop, child: _MPChildProcess, r
 async def afork(child_func: Callable[[], int], *, mp_context: MPContext | None = None) -> AbstractChildProcess:
     """Run *child_func* in a new process and return when that process is up.
 
-    The child has its ``SIGINT`` and ``SIGTERM`` dispositions reset by then (``KeyboardInterrupt`` and the default), so a
-    signal sent right after the return finds it in a defined state.  It has no event loop.  It ends when this process ends,
-    in whatever way, and may have children of its own.
+    The child has its ``SIGINT`` and ``SIGTERM`` dispositions reset by then (``KeyboardInterrupt`` and the default),
+    so a signal sent right after the return finds it in a defined state.  It has no event loop.  It ends when this
+    process ends, in whatever way, and may have children of its own.
 
-    Its exit code is the int that *child_func* returns (modulo 256); 1 after an uncaught exception, whose traceback goes to
-    stderr, or a result that is no int; 254 after ``KeyboardInterrupt``; 241 after ``SystemExit``.  Output is flushed,
-    multiprocessing's own clean-up is done, and no ``atexit`` handler runs.
+    Its exit code is the int that *child_func* returns (modulo 256); 1 after an uncaught exception, whose traceback
+    goes to stderr, or a result that is no int; 254 after ``KeyboardInterrupt``; 241 after ``SystemExit``.  Output is
+    flushed, multiprocessing's own clean-up is done, and no ``atexit`` handler runs.
 
     :param child_func: called without arguments; must be picklable unless the start method is ``fork``.
     :param mp_context: the multiprocessing context; default: ``multiprocessing.get_context()``.

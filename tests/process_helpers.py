@@ -1,15 +1,11 @@
 """What tests of processes share: start methods, what must not be left behind, ways to wait without sleeping."""
 
 import contextlib
-import functools
 import gc
-import logging
 import multiprocessing
 import os
 import select
 import signal
-import socket
-import struct
 import sys
 import threading
 import time
@@ -53,7 +49,19 @@ def children_of(pid="self"):
 
 HANDLED = [
     getattr(signal, name)
-    for name in "SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGTTIN SIGTTOU SIGCHLD SIGIO SIGALRM SIGPIPE".split()
+    for name in [
+        "SIGINT",
+        "SIGTERM",
+        "SIGHUP",
+        "SIGUSR1",
+        "SIGUSR2",
+        "SIGTTIN",
+        "SIGTTOU",
+        "SIGCHLD",
+        "SIGIO",
+        "SIGALRM",
+        "SIGPIPE",
+    ]
 ]
 
 
@@ -90,7 +98,7 @@ class Footprint:
 
 
 def start_mp_helpers():
-    """multiprocessing's own processes live as long as we do, as does libuv's signal pipe: start them before the count."""
+    """What lives as long as this process is started before the count: multiprocessing's helpers, libuv's pipe."""
     resource_tracker.ensure_running()
     forkserver.ensure_running()
     with contextlib.suppress(ImportError):

@@ -55,7 +55,7 @@ async def reporting(loop, index, args):
 async def slow_start(loop, index, args):
     wire, go = args
     wire.send(("starting", index))
-    while not go.poll():
+    while not go.poll():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     wire.send(("entered", index))
     received = yield
@@ -68,7 +68,7 @@ async def slow_stop(loop, index, args):
     wire.send(("enter", index))
     received = yield
     wire.send(("leaving", index, received))
-    while not go.poll():
+    while not go.poll():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     wire.send(("left", index, received))
 
@@ -81,7 +81,7 @@ async def never_stops(loop, index, args):
         yield
     finally:
         wire.send(("leaving", index))
-        while True:
+        while True:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -133,7 +133,7 @@ bad_worker = server_context(not_a_generator)
 class OwnContext:
     """A context manager of the user's own, without yield_return and refusing attributes."""
 
-    __slots__ = ("wire", "index")
+    __slots__ = ("index", "wire")
 
     def __init__(self, loop, index, args):
         self.wire = args[0]

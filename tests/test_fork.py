@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 
@@ -22,7 +21,6 @@ from process_helpers import (
     children_of,
     mp_context_fixture,  # noqa: F401
     nothing_left_fixture,  # noqa: F401
-    open_descriptors,
     wait_process_gone,
 )
 
@@ -53,6 +51,7 @@ def raise_exception(exc):
 
 
 def exit_by(fn, *args):
+    faulthandler.disable()  # pytest's
     fn(*args)
     return 99
 
@@ -85,8 +84,8 @@ def interruptible(wire):
 
 
 def print_unflushed(path, text):
-    sys.stdout = open(path, "a", buffering=1000)
-    sys.stderr = open(path, "a", buffering=1000)
+    sys.stdout = open(path, "a", buffering=1000)  # noqa: SIM115
+    sys.stderr = open(path, "a", buffering=1000)  # noqa: SIM115
     sys.stdout.write(text)
     sys.stderr.write(text)
     return 0
@@ -95,7 +94,7 @@ def print_unflushed(path, text):
 def with_closed_output():
     reader, writer = os.pipe()
     os.close(reader)
-    sys.stdout = open(writer, "w", buffering=1000)
+    sys.stdout = open(writer, "w", buffering=1000)  # noqa: SIM115
     sys.stdout.write("xxx")
     return 5
 
@@ -316,25 +315,22 @@ class TestWait:
     async def test_a_status_that_something_else_collected_is_255_with_a_warning(self, method, child_class, caplog):
         child = await afork(sleep_forever, mp_context=multiprocessing.get_context(method))
         child.send_signal(signal.SIGTERM)
-        os.waitpid(child.pid, 0)
+        os.waitpid(child.pid, 0)  # noqa: ASYNC222
         assert await child.wait() == 255
         assert await child.wait() == 255
         assert "255" in caplog.text
 
     @pytest.mark.parametrize("method", [m for m in START_METHODS if m != "forkserver"])
     async def test_a_status_that_multiprocessing_collected_is_not_lost(self, method, child_class):
-        child = await afork(
-            functools.partial(return_value, 3), mp_context=multiprocessing.get_context(method)
-        )
+        child = await afork(functools.partial(return_value, 3), mp_context=multiprocessing.get_context(method))
         wait_process_gone(child.pid)
         multiprocessing.active_children()  # polls, and so reaps
         assert await child.wait() == 3
 
     async def test_without_a_wait_the_child_is_collected_all_the_same(self):
         child = await afork(functools.partial(return_value, 3), mp_context=multiprocessing.get_context("spawn"))
-        loop = asyncio.get_running_loop()
         wait_process_gone(child.pid)
-        while child._pidfd >= 0:
+        while child._pidfd >= 0:  # noqa: ASYNC110
             await asyncio.sleep(0)
         assert child.pid not in children_of()
 

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import functools
 import gc
-import logging
 import multiprocessing
 import os
 import signal
@@ -18,10 +17,7 @@ from process_helpers import (
     PATIENCE,
     START_METHODS,
     Wire,
-    children_of,
     nothing_left_fixture,  # noqa: F401
-    open_descriptors,
-    wait_process_gone,
 )
 
 from aiotools.server import (
@@ -29,7 +25,6 @@ from aiotools.server import (
     ServerReport,
     main_context,
     process_index,
-    server_context,
     start_server,
 )
 
@@ -98,9 +93,7 @@ class Play:
                 play.main_error = exc
                 raise
             finally:
-                play.children_at_exit = {
-                    p for p in multiprocessing.active_children() if p.is_alive()
-                }
+                play.children_at_exit = {p for p in multiprocessing.active_children() if p.is_alive()}
                 loop.remove_reader(play.wire.reader.fileno())
                 play.on_message()
 
@@ -230,9 +223,7 @@ class TestLife:
 
     def test_workers_are_started_in_order_and_extras_after_them(self, play):
         play.stop_after("extra", 1)
-        play.start(
-            workers.reporting, num_workers=2, extra_procs=[workers.extra_reporting], args=("x",)
-        )
+        play.start(workers.reporting, num_workers=2, extra_procs=[workers.extra_reporting], args=("x",))
         assert play.of("extra") == [(2, None, 2, ("x",))]
 
     def test_the_report_says_who_ran_and_why_they_ended(self, quick):
@@ -326,9 +317,7 @@ class TestFailure:
     def test_a_failing_worker_interrupts_the_server(self, play, where):
         if where == "stop":
             play.stop_after("enter", 2, signal.SIGINT)
-        report = play.start(
-            workers.fails, 1, where, ValueError("no luck"), num_workers=2, report=True
-        )
+        report = play.start(workers.fails, 1, where, ValueError("no luck"), num_workers=2, report=True)
         assert (0, signal.SIGINT) in play.of("leave")
         assert play.main_received is signal.SIGINT
         assert [w.code for w in report.workers] == [0, 1]
@@ -338,17 +327,13 @@ class TestFailure:
         assert quick.main_received is signal.SIGINT
 
     def test_sigint_is_not_used_where_it_is_no_stop_signal(self, quick):
-        quick.start(
-            workers.fails, 1, "start", ValueError(), num_workers=2, stop_signals=(signal.SIGTERM,)
-        )
+        quick.start(workers.fails, 1, "start", ValueError(), num_workers=2, stop_signals=(signal.SIGTERM,))
         assert quick.of("leave") == [(0, signal.SIGTERM)]
         assert quick.main_received is signal.SIGTERM
 
     @pytest.mark.skipif("fork" not in START_METHODS, reason="signals hit the helper processes")
     def test_without_any_usual_stop_signal_all_stop_as_well(self, quick):
-        quick.start(
-            workers.fails, 1, "start", ValueError(), num_workers=2, stop_signals=(signal.SIGUSR1,)
-        )
+        quick.start(workers.fails, 1, "start", ValueError(), num_workers=2, stop_signals=(signal.SIGUSR1,))
         assert quick.of("leave") == [(0, signal.SIGUSR1)]
         assert quick.main_received is signal.SIGTERM
 
@@ -367,9 +352,7 @@ class TestFailure:
                 loop.add_reader(fd, stop)
 
         quick.react = react
-        quick.start(
-            workers.fails, 1, "start", ValueError(), num_workers=2, ignore_child_interrupts=True
-        )
+        quick.start(workers.fails, 1, "start", ValueError(), num_workers=2, ignore_child_interrupts=True)
         assert quick.of("leave") == [(0, signal.SIGTERM)]
         assert quick.main_received is signal.SIGTERM
 
@@ -413,18 +396,14 @@ class TestFailure:
         assert quick.of("leave") == [(1, signal.SIGTERM)]
 
     def test_a_failing_hook_ends_the_child(self, quick, caplog):
-        report = quick.start(
-            workers.reporting, prestart_hook=workers.failing_hook, num_workers=2, report=True
-        )
+        report = quick.start(workers.reporting, prestart_hook=workers.failing_hook, num_workers=2, report=True)
         assert [w.code for w in report.workers] == [1, 1]
         assert quick.main_received is signal.SIGTERM
 
     @pytest.mark.parametrize("method", ["spawn", "forkserver"])
     def test_an_unpicklable_worker_raises_here(self, method, nothing_left):
         with pytest.raises(Exception, match=r"pickle|local object"):
-            start_server(
-                lambda loop, index, args: None, mp_context=multiprocessing.get_context(method)
-            )
+            start_server(lambda loop, index, args: None, mp_context=multiprocessing.get_context(method))
 
     @pytest.mark.parametrize("method", ["spawn", "forkserver"])
     def test_a_child_that_dies_before_it_is_up_raises_after_the_others_are_stopped(self, method):
@@ -479,10 +458,8 @@ class TestExtras:
     )
     def test_the_stop_signal_becomes_an_exception(self, play, signum, caught):
         play.stop_after("extra", 1, signum)
-        report = play.start(
-            workers.reporting, num_workers=0, extra_procs=[workers.extra_catching], report=True
-        )
-        [(index, kind, args)] = play.of("caught")
+        report = play.start(workers.reporting, num_workers=0, extra_procs=[workers.extra_catching], report=True)
+        [(index, kind, _args)] = play.of("caught")
         assert (index, kind) == (0, caught)
         assert report.workers[0].code == 0
 
@@ -500,22 +477,16 @@ class TestExtras:
     @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
     def test_the_exception_may_leave_the_function(self, play, signum):
         play.stop_after("extra", 1, signum)
-        report = play.start(
-            workers.reporting, num_workers=0, extra_procs=[workers.extra_reporting], report=True
-        )
+        report = play.start(workers.reporting, num_workers=0, extra_procs=[workers.extra_reporting], report=True)
         assert report.workers[0].code == 0
 
     def test_an_error_of_the_extra_is_status_1(self, quick):
-        report = quick.start(
-            workers.reporting, num_workers=0, extra_procs=[workers.extra_failing], report=True
-        )
+        report = quick.start(workers.reporting, num_workers=0, extra_procs=[workers.extra_failing], report=True)
         assert report.workers[0].code == 1
 
     def test_a_coroutine_function_gets_a_loop_and_is_cancelled_at_the_stop(self, play):
         play.stop_after("extra", 1)
-        report = play.start(
-            workers.reporting, num_workers=0, extra_procs=[workers.coroutine_extra], report=True
-        )
+        report = play.start(workers.reporting, num_workers=0, extra_procs=[workers.coroutine_extra], report=True)
         assert play.of("extra") == [(0, True)]
         assert play.of("cancelled") == [(0, signal.SIGTERM)]
         assert report.workers[0].code == 0

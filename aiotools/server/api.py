@@ -103,18 +103,13 @@ def start_server(
     given = {
         name: value
         for name, value in locals().items()
-        if name in ServerOptions.__dataclass_fields__
-        and value != ServerOptions.__dataclass_fields__[name].default
+        if name in ServerOptions.__dataclass_fields__ and value != ServerOptions.__dataclass_fields__[name].default
     }
     if options is None:
         options = ServerOptions(**given)
     elif given:
         raise TypeError(f"both options= and {', '.join(given)} given")
-    if (
-        sys.version_info >= (3, 14)
-        and mp_context is not None
-        and mp_context.get_start_method() == "fork"
-    ):
+    if sys.version_info >= (3, 14) and mp_context is not None and mp_context.get_start_method() == "fork":
         raise NotImplementedError("start method 'fork' is not supported on Python 3.14 and later")
     if isinstance(num_workers, bool) or not isinstance(num_workers, int):
         raise TypeError(f"num_workers must be an int, not {num_workers!r}")

@@ -88,9 +88,7 @@ class ThreadHandle:
     def kill(self) -> None:
         """Give the thread up: it goes on, but nobody waits for it."""
         if not self._exited.done():
-            log.error(
-                "Thread %s does not end and cannot be killed; it is given up", self.thread.name
-            )
+            log.error("Thread %s does not end and cannot be killed; it is given up", self.thread.name)
             self._set(ABANDONED)
 
     def stack(self) -> str:

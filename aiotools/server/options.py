@@ -116,9 +116,7 @@ class ServerOptions:
         if self.loop_factory is not None and not (
             callable(self.loop_factory) or self.loop_factory in ("asyncio", "uvloop")
         ):
-            raise ValueError(
-                f"loop_factory must be 'asyncio', 'uvloop' or callable, not {self.loop_factory!r}"
-            )
+            raise ValueError(f"loop_factory must be 'asyncio', 'uvloop' or callable, not {self.loop_factory!r}")
 
     @property
     def managed(self) -> bool:

@@ -114,9 +114,7 @@ class Child:
         self.started = time.monotonic()
         self.ready_at: float | None = None
         self.exitcode: int | None = None
-        self.record = WorkerRecord(
-            self.index, self.role, self.kind, generation, started=time.time()
-        )
+        self.record = WorkerRecord(self.index, self.role, self.kind, generation, started=time.time())
         self.stacks = bytearray()
         self._dump: Any = None
         self._timers: list[asyncio.TimerHandle] = []
@@ -408,10 +406,8 @@ class Supervisor:
         if self.ignore_child_interrupts or self.run_to_completion:
             return
         log.debug("Child %d has interrupted the main program.", child.index)
-        if signal.SIGINT in self.stop_signals:
-            signum = signal.SIGINT
-        else:
-            signum = signal.SIGTERM  # what the main context's yield gives unless told otherwise
+        # SIGTERM is what the main context's yield gives unless told otherwise.
+        signum = signal.SIGINT if signal.SIGINT in self.stop_signals else signal.SIGTERM
         self.request_stop(signum, f"{child.label} failed: {child.failure}")
 
     async def _stop_children(self, signum: int) -> None:
@@ -620,9 +616,7 @@ class Supervisor:
             self.loop.add_reader(dump_r.fileno(), self._read_dump, child)
         child.channel.attach(self.loop, lambda message: self._on_message(child, message))
         if self.options.start_timeout is not None:
-            child._timers.append(
-                self.loop.call_later(self.options.start_timeout, self._start_timeout, child)
-            )
+            child._timers.append(self.loop.call_later(self.options.start_timeout, self._start_timeout, child))
         # Not among self._tasks: it must see the end also while the server stops.
         watch = self.loop.create_task(self._watch_exit(child))
         child._watch = watch  # type: ignore[attr-defined]
@@ -796,13 +790,10 @@ class Supervisor:
         slot.failures += 1
         limit = self.options.boot_failure_limit
         others = any(
-            s is not slot and s.current is not None and s.current.state is State.READY
-            for s in self.slots.values()
+            s is not slot and s.current is not None and s.current.state is State.READY for s in self.slots.values()
         )
         if slot.failures >= limit and not (self.abandoned is not None and others):
-            self.give_up(
-                f"{slot.role} {slot.index} has failed {slot.failures} times in a row; the last time: {why}"
-            )
+            self.give_up(f"{slot.role} {slot.index} has failed {slot.failures} times in a row; the last time: {why}")
             return
         delay = 0.0
         if slot.failures > 1:
@@ -810,7 +801,12 @@ class Supervisor:
             delay *= random.uniform(0.5, 1.0)
         log.warning(
             "%s %d will be restarted in %.2f s (failure %d of %d: %s)",
-            slot.role, slot.index, delay, slot.failures, limit, why,
+            slot.role,
+            slot.index,
+            delay,
+            slot.failures,
+            limit,
+            why,
         )
         self._schedule_restart(slot, delay)
 
@@ -843,11 +839,10 @@ class Supervisor:
         Returns None, or why the successor could not be had (the present child then stays).
         """
         async with slot.replacing:
-            if slot.role == "extra":
+            if slot.role == "extra" and slot.current is not None:
                 # It may hold something that only one process can hold.
-                if slot.current is not None:
-                    await self.drain(slot.current, reason)
-                    slot.current = None
+                await self.drain(slot.current, reason)
+                slot.current = None
             try:
                 child = await self._start_child(slot, generation, successor=True)
             except ChildStartError as exc:
@@ -870,9 +865,11 @@ class Supervisor:
 
     def recycle(self, child: Child, why: str) -> None:
         """Replace a worker that has reached a limit."""
-        if child.slot.current is child and child.state is State.READY and self.stop_signal is None:
-            if child.reason is None and not child.slot.replacing.locked():
-                self._spawn(self._recycle(child, f"recycled: {why}"))
+        slot = child.slot
+        if slot.current is not child or child.state is not State.READY or child.reason is not None:
+            return
+        if self.stop_signal is None and not slot.replacing.locked():
+            self._spawn(self._recycle(child, f"recycled: {why}"))
 
     async def _recycle(self, child: Child, reason: str) -> None:
         log.info("%s is being %s", child.label, reason)
@@ -936,9 +933,7 @@ class Supervisor:
                 while failed is None and (queue or running):
                     while queue and len(running) < self.options.max_surge:
                         running.add(self._spawn(self._roll_slot(queue.pop(0), generation)))
-                    done, running = await asyncio.wait(
-                        running, return_when=asyncio.FIRST_COMPLETED
-                    )
+                    done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
                     failed = next((r for t in done if (r := t.result()) is not None), None)
             finally:
                 for task in running:

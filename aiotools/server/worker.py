@@ -272,9 +272,7 @@ class Worker:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
         signal.setitimer(signal.ITIMER_REAL, ORPHAN_GRACE)
         if self.loop is not None and not self.loop.is_closed():
-            stop = functools.partial(
-                self.stop, default_stop_signal(self._spec.stop_signals), "the parent is gone"
-            )
+            stop = functools.partial(self.stop, default_stop_signal(self._spec.stop_signals), "the parent is gone")
             self.loop.call_soon_threadsafe(stop)
 
 
@@ -483,6 +481,4 @@ def _run_extra(worker: Worker, target: Any) -> None:
     except (SystemExit, KeyboardInterrupt, InterruptedBySignal):
         if worker.stop_signal is None:
             raise  # its own, not one of ours
-        log.warning(
-            "extra_proc[%d] did not handle %s.", spec.index, name_of(int(worker.stop_signal))
-        )
+        log.warning("extra_proc[%d] did not handle %s.", spec.index, name_of(int(worker.stop_signal)))
