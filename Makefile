@@ -21,8 +21,16 @@ PYTHON := $(shell for p in .venv/bin/python .venv/Scripts/python.exe; do \
     $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; exit; }; done; $(FIND_PYTHON))
 VENV := .venv
 endif
-# An interpreter that was asked for has an environment named after it.
-VENV ?= .work/venvs/$(shell $(PYTHON) -c 'import sys, sysconfig; v = sys.version_info; print(f"{v[0]}.{v[1]}.{v[2]}{sys.abiflags if sys.platform != "win32" else ""}")')
+# An interpreter that was asked for has an environment named after it: 3.14.0, 3.14.0t, 3.14.0d, 3.14.0t-tsan.
+ifndef VENV
+NAME := $(shell $(PYTHON) -c 'import sys, sysconfig; \
+    tsan = "thread-sanitizer" in (sysconfig.get_config_var("CONFIG_ARGS") or ""); \
+    print(sys.version.split()[0] + getattr(sys, "abiflags", "") + "-tsan" * tsan)')
+ifeq ($(NAME),)
+$(error PYTHON=$(PYTHON) does not run)
+endif
+VENV := .work/venvs/$(NAME)
+endif
 BIN := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PY := $(VENV)/$(BIN)/python
 # ruff, mypy and towncrier do not belong to what the suite runs with.
@@ -46,7 +54,7 @@ venv: ## the virtual environment for building and testing (.venv, or one per PYT
 build: venv ## compile the core where it is imported from; only what changed
 	@if [ ! -e $(VENV)/editable ] || [ aiotools/_version.py -nt $(VENV)/editable ] || [ pyproject.toml -nt $(VENV)/editable ]; then \
 	    echo "--- installing the tree into $(VENV), editable" && \
-	    $(PY) -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable . && \
+	    PYTHONWARNINGS=ignore $(PY) -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable . && \
 	    touch $(VENV)/editable; fi
 	@$(PY) setup.py --quiet build_ext --inplace
 
@@ -67,6 +75,8 @@ test-asan: venv ## the suite with the core under ASan and UBSan, invariants chec
 	tools/test-sanitized asan $(PY) $(ARGS)
 
 .PHONY: test-tsan
+# What making the environment shows is not ours.
+test-tsan: export TSAN_OPTIONS := report_bugs=0
 test-tsan: venv ## the thread tests under TSan (PYTHON= a free-threaded build that is itself under TSan)
 	tools/test-sanitized tsan $(PY) $(ARGS)
 

@@ -1,14 +1,15 @@
 """A TCP line service under load: timeouts on every connection, timers for every pool, 1,000 clients.
 
 The service answers each line in capitals. It hangs up on a client that sends no line for IDLE seconds, which takes one
-``aiotools.timeout`` per line read. Its connections belong to pools; each pool has a heartbeat timer and a statistics timer.
+``aiotools.timeout`` per line read. Its connections belong to pools; each pool has a heartbeat timer and a statistics
+timer.
 
 Three kinds of clients drive it over real connections: most send a line, wait for the answer, think, and send the
 next; the slow ones dawdle in the middle of each line, yet keep within the limit; the silent ones send one line and then
 nothing, until the service hangs up on them. So the right number of timeouts is known beforehand.
 
-The same program runs on the default loop and, if it is installed, on uvloop. At the end a table puts them side by side; the
-exit status is 0 only if all counts are right.
+The same program runs on the default loop and, if it is installed, on uvloop. At the end a table puts them side by
+side; the exit status is 0 only if all counts are right.
 
     python examples/line_service.py [--clients 1000] [--seconds 10]
 """
