@@ -1,5 +1,6 @@
 """Idiomatic helpers for asyncio, with a core written in C."""
 
+from ._aiotools import checkpoint, sleep, sleep_until
 from ._version import __version__
 from .compat import all_tasks, current_task, get_running_loop, set_task_name
 from .defer import AsyncDeferFunc, AsyncDeferrable, DeferFunc, adefer, defer
@@ -25,6 +26,10 @@ __all__ = (
     "apartial",
     # iter
     "aiter",
+    # sleep
+    "checkpoint",
+    "sleep",
+    "sleep_until",
     # thread
     "LoopThread",
     # types

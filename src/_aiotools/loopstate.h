@@ -1,0 +1,135 @@
+/* loopstate.h: what belongs to one event loop: its timer queue, its batch of wake-ups, its clock.
+ *
+ * Three services, all of them for the thread of the loop unless they say otherwise:
+ *
+ *   alarms     deadlines embedded in their owners; the loop sees one armed handle for the earliest
+ *   wake-ups   waiters that became ready (waiter.h), run in one batch from one call_soon
+ *   posts      work that any thread hands to the loop, one call_soon_threadsafe per burst
+ */
+#ifndef AIOT_LOOPSTATE_H
+#define AIOT_LOOPSTATE_H
+
+#include "heap.h"
+#include "link.h"
+#include "state.h"
+
+typedef struct AiotLoop AiotLoop;
+typedef struct AiotWaiter AiotWaiter;
+typedef struct aiot_alarm aiot_alarm;
+typedef struct aiot_post aiot_post;
+
+/* ---- alarms ------------------------------------------------------------------------------------------------- */
+
+/* A deadline, embedded in the object that has it. While it is set the loop state owns a reference to owner.
+ * fire runs in the loop's tick, after the alarm was taken off the queue, and may set it again. An
+ * exception that it leaves goes to the loop's exception handler; SystemExit and KeyboardInterrupt stop the loop. */
+struct aiot_alarm {
+    aiot_heap_node node;
+    PyObject *owner;                        /* borrowed while not set; must be filled in before aiot_alarm_set */
+    int (*fire)(AiotLoop *loop, PyObject *owner);
+};
+
+static inline void
+aiot_alarm_init(aiot_alarm *alarm, PyObject *owner, int (*fire)(AiotLoop *, PyObject *))
+{
+    aiot_heap_node_init(&alarm->node);
+    alarm->owner = owner;
+    alarm->fire = fire;
+}
+
+static inline bool
+aiot_alarm_is_set(const aiot_alarm *alarm)
+{
+    return aiot_heap_has(&alarm->node);
+}
+
+/* Sets it, or moves it when it is set, to when (loop.time() seconds; infinity is never, but keeps the owner
+ * alive). 0, or -1 with an exception and the alarm as it was before. */
+int aiot_alarm_set(AiotLoop *loop, aiot_alarm *alarm, double when);
+
+/* Takes it off the queue if it is there. Drops the queue's reference to the owner: hold one of your own. */
+void aiot_alarm_cancel(AiotLoop *loop, aiot_alarm *alarm);
+
+/* ---- posts: from any thread --------------------------------------------------------------------------------- */
+
+/* Embedded in its owner; until it was run the loop state owns a reference to owner. run is called in the thread
+ * of the loop with delivered true, or, when the loop is closed, in the posting thread with false. */
+struct aiot_post {
+    aiot_post *next;
+    PyObject *owner;
+    void (*run)(AiotLoop *loop, PyObject *owner, bool delivered);
+};
+
+/* Any thread. The post must not be under way already. Never fails: see delivered above. No exception is set. */
+void aiot_loop_post(AiotLoop *loop, aiot_post *post);
+
+/* ---- the loop state ----------------------------------------------------------------------------------------- */
+
+struct AiotLoop {
+    PyObject_HEAD
+    aiot_state *state;              /* of the module */
+    PyObject *module;               /* keeps state alive, whatever the collector takes apart first */
+    PyObject *loop;                 /* the event loop (a cycle: the loop refers to us) */
+    PyObject *dict;                 /* its __dict__ when the clock is coarse, else NULL */
+    PyObject *get_loop;             /* callable that returns loop, for waiters */
+    PyObject *done_future;          /* a finished asyncio.Future: what a task's wake-up takes for "go on" */
+    PyObject *weakrefs;
+    /* wake-ups: waiters linked by their next field */
+    AiotWaiter *ready_first, *ready_last;
+    uint64_t ready_pushed, ready_popped;    /* callbacks, counted since ever */
+    bool drain_armed;               /* a call_soon of the drain is under way */
+    bool coarse;                    /* loop.time() counts milliseconds: uvloop, winloop */
+    /* timer queue */
+    int ticking;                    /* depth of running ticks */
+    double tick_now;                /* the clock reading of the running tick */
+    double tick_at;                 /* when the armed handle is due */
+    PyObject *tick_handle;          /* or NULL */
+    aiot_heap alarms;
+    /* posts */
+    aiot_mutex posts_lock;
+    aiot_post *posts_first, *posts_last;
+    bool posts_armed;
+};
+
+/* The state of the running loop, made at first use. New reference; NULL with RuntimeError when no loop runs. */
+AiotLoop *aiot_loop_get_running(aiot_state *state);
+
+/* The state of any loop object. New reference. */
+AiotLoop *aiot_loop_get(aiot_state *state, PyObject *loop);
+
+/* loop.time(). 0 or -1. */
+int aiot_loop_time(AiotLoop *loop, double *now);
+
+/* The deadline that lies delay seconds ahead: on an unpatched coarse loop counted from the monotonic clock,
+ * which that loop's own time() lags behind by up to a millisecond. 0 or -1. */
+int aiot_loop_deadline(AiotLoop *loop, double delay, double *when);
+
+/* The earliest deadline that is set, infinity when there is none. */
+double aiot_loop_next_deadline(AiotLoop *loop);
+
+/* asyncio.current_task(loop): new reference, NULL with RuntimeError "... must be used within a task" for what. */
+PyObject *aiot_loop_current_task(AiotLoop *loop, const char *what);
+
+/* The event loop itself: new reference, NULL with RuntimeError once it is gone. */
+PyObject *aiot_loop_object(AiotLoop *loop);
+
+/* Have the loop run aiot_loop_drain (waiter.h) soon. 0 or -1; waiter.c sees to it that this is not done twice. */
+int aiot_loop_arm_drain(AiotLoop *loop);
+
+/* Before a fire function runs code of a user, who may run the loop from inside: arms the handle that a tick otherwise
+ * arms at its end. 0 or -1. */
+int aiot_loop_arm_tick(AiotLoop *loop);
+
+/* loop.get_debug(): 1, 0 or -1. */
+int aiot_loop_is_debug(AiotLoop *loop);
+
+/* loop.call_soon(callback, *[arg], context=context); context NULL: a fresh empty one. 0 or -1. */
+int aiot_loop_call_soon(AiotLoop *loop, PyObject *callback, PyObject *arg, PyObject *context);
+
+/* Hands the pending exception to loop.call_exception_handler({message, exception, key: value}) (key may be NULL).
+ * Leaves no exception set, unless it was SystemExit or KeyboardInterrupt: those stay set, and -1 is returned. */
+int aiot_loop_report(AiotLoop *loop, const char *message, PyObject *key, PyObject *value);
+
+int aiot_loopstate_add_types(PyObject *module);
+
+#endif /* AIOT_LOOPSTATE_H */

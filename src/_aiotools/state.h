@@ -1,0 +1,125 @@
+/* state.h: the module state, and the ways to reach it.
+ *
+ * All that belongs to one interpreter lives here. Each field is named once, in a list, from which the
+ * struct, traverse, clear and the start-up code are made. What belongs to an event loop hangs on its loop
+ * state instead (loopstate.h).
+ */
+#ifndef AIOT_STATE_H
+#define AIOT_STATE_H
+
+#include "compat.h"
+
+/* Interned strings: the field is str_NAME. */
+#define AIOT_STRINGS(V) \
+    V(__dict__) \
+    V(_aiotools_loopstate) \
+    V(_asyncio_future_blocking) \
+    V(add_done_callback) \
+    V(call_at) \
+    V(call_exception_handler) \
+    V(call_soon) \
+    V(call_soon_threadsafe) \
+    V(callback) \
+    V(cancel) \
+    V(cancelling) \
+    V(close) \
+    V(context) \
+    V(create_task) \
+    V(exception) \
+    V(get_debug) \
+    V(get_loop) \
+    V(is_closed) \
+    V(loop) \
+    V(message) \
+    V(monotonic) \
+    V(msg) \
+    V(send) \
+    V(set_result) \
+    V(task) \
+    V(time) \
+    V(uncancel) \
+    /* arguments of sleep */ \
+    V(delay) \
+    V(result) \
+    V(when)
+
+/* Imported objects: field, module, attribute. */
+#define AIOT_IMPORTS(V) \
+    V(CancelledError, "asyncio", "CancelledError") \
+    V(InvalidStateError, "asyncio", "InvalidStateError") \
+    V(asyncio_Future, "asyncio", "Future") \
+    V(asyncio_Task, "asyncio", "Task") \
+    V(base_loop_time, "asyncio.base_events", "BaseEventLoop.time") \
+    V(copy_context, "contextvars", "copy_context") \
+    V(current_task, "asyncio", "current_task") \
+    V(get_running_loop, "asyncio", "get_running_loop") \
+    V(time_module_dict, "time", "__dict__") \
+    V(time_monotonic, "time", "monotonic")
+
+/* Types of ours. */
+#define AIOT_TYPES(V) \
+    V(DoneType) \
+    V(LoopStateType) \
+    V(SleepType) \
+    V(StopIterationType) \
+    V(WaiterType)
+
+/* Other objects made at start-up. */
+#define AIOT_OBJECTS(V) \
+    V(done_none)          /* the shared awaitable whose result is None */ \
+    V(kw_context)         /* ("context",), for vectorcalls */ \
+    V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */
+
+typedef struct {
+#define V(name) PyObject *str_##name;
+    AIOT_STRINGS(V)
+#undef V
+#define V(name, module, attribute) PyObject *name;
+    AIOT_IMPORTS(V)
+#undef V
+#define V(name) PyTypeObject *name;
+    AIOT_TYPES(V)
+#undef V
+#define V(name) PyObject *name;
+    AIOT_OBJECTS(V)
+#undef V
+    /* Changes whenever a loop state dies: what threads remember of loop states is void then. */
+    uint64_t loops_epoch;
+#if AIOT_FREELISTS
+    PyObject *free_stops[8];
+    int n_free_stops;
+    bool no_free_lists;             /* set when the module goes */
+#endif
+} aiot_state;
+
+extern struct PyModuleDef aiot_module_def;
+
+static inline aiot_state *
+aiot_state_of_module(PyObject *module)
+{
+    aiot_state *state = (aiot_state *)PyModule_GetState(module);
+    assert(state != NULL);
+    return state;
+}
+
+/* Of a type that PyType_FromModuleAndSpec made, not of a subclass of it. */
+static inline aiot_state *
+aiot_state_of_exact_type(PyTypeObject *type)
+{
+    aiot_state *state = (aiot_state *)PyType_GetModuleState(type);
+    assert(state != NULL);
+    return state;
+}
+
+/* Of an instance of one of our types or of a subclass. NULL with TypeError when type isn't ours. */
+static inline aiot_state *
+aiot_state_of_type(PyTypeObject *type)
+{
+    PyObject *module = PyType_GetModuleByDef(type, &aiot_module_def);
+    return module == NULL ? NULL : aiot_state_of_module(module);
+}
+
+/* Makes a heap type of the module and stores it in *field; public types also become attributes. */
+int aiot_add_type(PyObject *module, PyTypeObject **field, PyType_Spec *spec, PyObject *bases, bool is_public);
+
+#endif /* AIOT_STATE_H */
