@@ -1,9 +1,9 @@
 /* loopstate.c: what belongs to one event loop: its timer queue, its batch of wake-ups, its clock.
  *
  * Ownership:  the loop refers to its state (an attribute; where it takes none, the armed handles and all that is
- *             suspended do), the state to its loop: a cycle that the garbage collector frees. Every set alarm,
- *             every ready waiter and every post is a reference from the state, as a TimerHandle is one
- *             from the loop: a suspended task isn't collected in mid-sleep.
+ *             suspended do), the state only weakly to its loop: a closed loop goes when the last user lets go of it.
+ *             Every set alarm, every ready waiter and every post is a reference from the state, as a
+ *             TimerHandle is one from the loop: a suspended task isn't collected in mid-sleep.
  * Invariants: at most one handle is armed for the alarms, never later than the earliest of them, except while a tick
  *             runs, which re-arms at its end. It isn't disarmed when deadlines only move later: one early
  *             wake-up costs less than a re-arm each time.
@@ -247,11 +247,13 @@ static PyObject *LoopState_tick(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_drain(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_run_posts(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_get_loop(PyObject *op, PyObject *ignored);
+static PyObject *LoopState_loop_died(PyObject *op, PyObject *ref);
 
 static PyMethodDef tick_def = {"aiotools_tick", LoopState_tick, METH_NOARGS, "Fire what is due."};
 static PyMethodDef drain_def = {"aiotools_drain", LoopState_drain, METH_NOARGS, "Run the wake-ups that are ready."};
 static PyMethodDef posts_def = {"aiotools_run_posts", LoopState_run_posts, METH_NOARGS,
                                 "Run what other threads handed over."};
+static PyMethodDef loop_died_def = {"aiotools_loop_died", LoopState_loop_died, METH_O, "The event loop is gone."};
 static PyMethodDef get_loop_def = {"get_loop", LoopState_get_loop, METH_NOARGS, "The loop that this belongs to."};
 
 /* Sees to it that a handle is armed for when, or for earlier. */
@@ -535,6 +537,22 @@ LoopState_run_posts(PyObject *op, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
+/* A new reference, or NULL once it is gone: elsewhere than in its own thread the loop may go at any moment. */
+static PyObject *
+loop_from_any_thread(AiotLoop *self)
+{
+    PyObject *loop = NULL;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (self->loop_ref == NULL) {
+        loop = Py_XNewRef(self->loop);
+    }
+    else if (PyWeakref_GetRef(self->loop_ref, &loop) < 0) {
+        PyErr_Clear();
+    }
+    Py_END_CRITICAL_SECTION();
+    return loop;
+}
+
 void
 aiot_loop_post(AiotLoop *self, aiot_post *post)
 {
@@ -554,7 +572,8 @@ aiot_loop_post(AiotLoop *self, aiot_post *post)
     aiot_mutex_unlock(&self->posts_lock);
 
     if (arm) {
-        PyObject *callback = self->loop == NULL ? NULL : PyCFunction_New(&posts_def, (PyObject *)self);
+        PyObject *loop = loop_from_any_thread(self);
+        PyObject *callback = loop == NULL ? NULL : PyCFunction_New(&posts_def, (PyObject *)self);
         PyObject *handle = NULL;
         if (callback != NULL) {
             handle = loop_schedule(self, self->state->str_call_soon_threadsafe, callback, NULL, NULL);
@@ -566,6 +585,7 @@ aiot_loop_post(AiotLoop *self, aiot_post *post)
         }
         Py_XDECREF(handle);
         Py_XDECREF(callback);
+        Py_XDECREF(loop);
     }
     if (pending != NULL) {
         PyErr_SetRaisedException(pending);
@@ -610,7 +630,21 @@ loopstate_new(aiot_state *state, PyObject *loop)
     self->state = state;
     self->module = Py_NewRef(PyType_GetModule(state->LoopStateType));
     aiot_heap_init(&self->alarms, raw_realloc, PyMem_RawFree);
-    self->loop = Py_NewRef(loop);
+    self->loop = loop;
+    PyObject *callback = PyCFunction_New(&loop_died_def, (PyObject *)self);
+    if (callback == NULL) {
+        goto error;
+    }
+    self->loop_ref = PyWeakref_NewRef(loop, callback);
+    Py_DECREF(callback);
+    if (self->loop_ref == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) {
+            goto error;
+        }
+        /* A loop that can't be referred to weakly: a cycle with it, which the garbage collector frees. */
+        PyErr_Clear();
+        Py_INCREF(loop);
+    }
     self->coarse = coarse;
     if (coarse && PyObject_GetOptionalAttr(loop, state->str___dict__, &self->dict) < 0) {
         goto error;
@@ -736,6 +770,19 @@ aiot_loop_object(AiotLoop *self)
 }
 
 static PyObject *
+LoopState_loop_died(PyObject *op, PyObject *Py_UNUSED(ref))
+{
+    AiotLoop *self = (AiotLoop *)op;
+    self->loop = NULL;
+    aiot_atomic_increment(&self->state->loops_epoch);
+    /* These refer back to us. */
+    Py_CLEAR(self->get_loop);
+    Py_CLEAR(self->dict);
+    Py_CLEAR(self->loop_ref);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
 LoopState_get_loop(PyObject *op, PyObject *Py_UNUSED(ignored))
 {
     return aiot_loop_object((AiotLoop *)op);
@@ -747,7 +794,10 @@ LoopState_traverse(PyObject *op, visitproc visit, void *arg)
     AiotLoop *self = (AiotLoop *)op;
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(self->module);
-    Py_VISIT(self->loop);
+    if (self->loop_ref == NULL) {
+        Py_VISIT(self->loop);
+    }
+    Py_VISIT(self->loop_ref);
     Py_VISIT(self->dict);
     Py_VISIT(self->get_loop);
     Py_VISIT(self->done_future);
@@ -786,7 +836,11 @@ LoopState_clear(PyObject *op)
     self->ready_last = NULL;
     run_posts(self, detach_posts(self), false);
     Py_CLEAR(self->dict);
-    Py_CLEAR(self->loop);
+    if (self->loop_ref == NULL) {
+        Py_CLEAR(self->loop);
+    }
+    self->loop = NULL;
+    Py_CLEAR(self->loop_ref);
     return 0;
 }
 

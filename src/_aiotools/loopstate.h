@@ -69,7 +69,8 @@ struct AiotLoop {
     PyObject_HEAD
     aiot_state *state;              /* of the module */
     PyObject *module;               /* keeps state alive, whatever the collector takes apart first */
-    PyObject *loop;                 /* the event loop (a cycle: the loop refers to us) */
+    PyObject *loop;                 /* the event loop: borrowed, NULL once it is gone */
+    PyObject *loop_ref;             /* weak reference that sets loop to NULL; NULL when loop is owned after all */
     PyObject *dict;                 /* its __dict__ when the clock is coarse, else NULL */
     PyObject *get_loop;             /* callable that returns loop, for waiters */
     PyObject *done_future;          /* a finished asyncio.Future: what a task's wake-up takes for "go on" */

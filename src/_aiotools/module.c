@@ -49,8 +49,18 @@ fill_state(aiot_state *state)
     }
     AIOT_IMPORTS(V)
 #undef V
-    state->kw_context = PyTuple_Pack(1, state->str_context);
-    return state->kw_context == NULL ? -1 : 0;
+    if ((state->kw_context = PyTuple_Pack(1, state->str_context)) == NULL) {
+        return -1;
+    }
+    /* All that a future asks its loop for is whether it is in debug mode. */
+    PyObject *kwnames = PyTuple_Pack(1, state->str_get_debug);
+    if (kwnames == NULL) {
+        return -1;
+    }
+    PyObject *args[] = {(PyObject *)&PyBool_Type};
+    state->no_loop = PyObject_Vectorcall(state->SimpleNamespace, args, 0, kwnames);
+    Py_DECREF(kwnames);
+    return state->no_loop == NULL ? -1 : 0;
 }
 
 PyDoc_STRVAR(loop_counts_doc,

@@ -53,6 +53,7 @@
     V(copy_context, "contextvars", "copy_context") \
     V(current_task, "asyncio", "current_task") \
     V(get_running_loop, "asyncio", "get_running_loop") \
+    V(SimpleNamespace, "types", "SimpleNamespace") \
     V(time_module_dict, "time", "__dict__") \
     V(time_monotonic, "time", "monotonic")
 
@@ -68,6 +69,7 @@
 #define AIOT_OBJECTS(V) \
     V(done_none)          /* the shared awaitable whose result is None */ \
     V(kw_context)         /* ("context",), for vectorcalls */ \
+    V(no_loop)            /* stands in for a loop where a finished future needs one */ \
     V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */
 
 typedef struct {

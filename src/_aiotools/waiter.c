@@ -86,7 +86,9 @@ ready_pop_lock_held(AiotLoop *loop, uint64_t limit, wakeup *out)
     return 1;
 }
 
-/* What the wake-up of a task takes for "go on" on its quickest path: a finished asyncio.Future. Borrowed. */
+/* What the wake-up of a task takes for "go on" on its quickest path: a finished asyncio.Future. Borrowed. It isn't tied to
+ * the loop, which would then be kept alive by it; and it isn't shared by loops, whose threads would wait for each
+ * other at its lock. */
 static PyObject *
 done_future(AiotLoop *loop)
 {
@@ -96,7 +98,7 @@ done_future(AiotLoop *loop)
         if (kwnames == NULL) {
             return NULL;
         }
-        PyObject *future = PyObject_Vectorcall(state->asyncio_Future, &loop->loop, 0, kwnames);
+        PyObject *future = PyObject_Vectorcall(state->asyncio_Future, &state->no_loop, 0, kwnames);
         Py_DECREF(kwnames);
         if (future == NULL) {
             return NULL;

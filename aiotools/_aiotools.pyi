@@ -1,0 +1,19 @@
+from asyncio import AbstractEventLoop
+from collections.abc import Coroutine
+from typing import Any, TypeVar, overload
+
+_T = TypeVar("_T")
+
+# sleep.c
+@overload
+def sleep(delay: float) -> Coroutine[Any, Any, None]: ...
+@overload
+def sleep(delay: float, result: _T) -> Coroutine[Any, Any, _T]: ...
+@overload
+def sleep_until(when: float) -> Coroutine[Any, Any, None]: ...
+@overload
+def sleep_until(when: float, result: _T) -> Coroutine[Any, Any, _T]: ...
+def checkpoint() -> Coroutine[Any, Any, None]: ...
+
+# module.c
+def _loop_counts(loop: AbstractEventLoop, /) -> tuple[int, int]: ...
