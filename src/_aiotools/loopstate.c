@@ -595,11 +595,11 @@ aiot_loop_post(AiotLoop *self, aiot_post *post)
 /* ---- finding the state of a loop ---------------------------------------------------------------------------- */
 
 static int
-has_coarse_clock(PyObject *loop)
+has_coarse_clock(aiot_state *state, PyObject *loop)
 {
     PyObject *mro = Py_TYPE(loop)->tp_mro;
     for (Py_ssize_t i = 0; mro != NULL && i < PyTuple_GET_SIZE(mro); i++) {
-        PyObject *module = PyObject_GetAttrString(PyTuple_GET_ITEM(mro, i), "__module__");
+        PyObject *module = PyObject_GetAttr(PyTuple_GET_ITEM(mro, i), state->str___module__);
         if (module == NULL) {
             return -1;
         }
@@ -619,7 +619,7 @@ has_coarse_clock(PyObject *loop)
 static AiotLoop *
 loopstate_new(aiot_state *state, PyObject *loop)
 {
-    int coarse = has_coarse_clock(loop);
+    int coarse = has_coarse_clock(state, loop);
     if (coarse < 0) {
         return NULL;
     }
@@ -630,7 +630,6 @@ loopstate_new(aiot_state *state, PyObject *loop)
     self->state = state;
     self->module = Py_NewRef(PyType_GetModule(state->LoopStateType));
     aiot_heap_init(&self->alarms, raw_realloc, PyMem_RawFree);
-    self->loop = loop;
     PyObject *callback = PyCFunction_New(&loop_died_def, (PyObject *)self);
     if (callback == NULL) {
         goto error;
@@ -645,6 +644,7 @@ loopstate_new(aiot_state *state, PyObject *loop)
         PyErr_Clear();
         Py_INCREF(loop);
     }
+    self->loop = loop;
     self->coarse = coarse;
     if (coarse && PyObject_GetOptionalAttr(loop, state->str___dict__, &self->dict) < 0) {
         goto error;

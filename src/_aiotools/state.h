@@ -12,6 +12,7 @@
 /* Interned strings: the field is str_NAME. */
 #define AIOT_STRINGS(V) \
     V(__dict__) \
+    V(__module__) \
     V(_aiotools_loopstate) \
     V(_asyncio_future_blocking) \
     V(add_done_callback) \
