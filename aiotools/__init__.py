@@ -4,8 +4,19 @@ from ._aiotools import checkpoint, sleep, sleep_until
 from ._version import __version__
 from .compat import all_tasks, current_task, get_running_loop, set_task_name
 from .defer import AsyncDeferFunc, AsyncDeferrable, DeferFunc, adefer, defer
+from .fork import AbstractChildProcess, PidfdChildProcess, PosixChildProcess, afork
 from .func import apartial
 from .iter import aiter
+from .server import (
+    AsyncServerContextManager,
+    InterruptedBySignal,
+    ServerMainContextManager,
+    main,
+    main_context,
+    process_index,
+    server_context,
+    start_server,
+)
 from .thread import LoopThread
 from .types import AsyncClosable, AwaitableLike, CoroutineLike
 
@@ -22,10 +33,24 @@ __all__ = (
     "DeferFunc",
     "adefer",
     "defer",
+    # fork
+    "AbstractChildProcess",
+    "PidfdChildProcess",
+    "PosixChildProcess",
+    "afork",
     # func
     "apartial",
     # iter
     "aiter",
+    # server
+    "AsyncServerContextManager",
+    "InterruptedBySignal",
+    "ServerMainContextManager",
+    "main",
+    "main_context",
+    "process_index",
+    "server_context",
+    "start_server",
     # sleep
     "checkpoint",
     "sleep",

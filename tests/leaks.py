@@ -5,6 +5,7 @@ import sys
 import types
 
 ROUNDS = 4
+RETRIES = 2
 
 
 def core_types():
@@ -39,8 +40,22 @@ def counters():
     return counted
 
 
-def hunt(run, count, counted):
-    """Runs run(count) several times; returns {name: growth per round} for all that grew in every round."""
+def hunt(run, count, counted, every=20):
+    """Runs run(count) several times; returns {name: growth per round} for all that grows with the number of runs.
+
+    Caches and free lists fill slowly and look like leaks at first. What is suspected is tried again with more runs: a
+    leak of one object in so many runs stays one.
+    """
+    suspects = measure(run, count, counted, every)
+    for _ in range(RETRIES):
+        if not suspects:
+            break
+        count *= 2
+        suspects = measure(run, count, {name: counted[name] for name in suspects}, every)
+    return suspects
+
+
+def measure(run, count, counted, every):
     growth = {name: [0] * ROUNDS for name in counted}
     functions = list(counted.items())
     before = [0] * len(functions)
@@ -60,6 +75,6 @@ def hunt(run, count, counted):
             after[place] = function()
         for place, (name, _) in enumerate(functions):
             growth[name][number] = after[place] - before[place]
-    # A leak shows in every round, noise does not; one in every twenty runs is enough to be seen.
-    threshold = max(3, count // 20)
+    # A leak shows in every round, noise does not.
+    threshold = max(3, count // every)
     return {name: deltas for name, deltas in growth.items() if min(deltas) >= threshold}

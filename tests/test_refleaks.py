@@ -60,7 +60,7 @@ def test_an_operation_leaks_nothing(operation, kind, counted):
         leaked = hunt(runner(operation, loop), 60, counted)
     finally:
         loop.close()
-    assert not leaked, f"grew in every round of 60 runs: {leaked}"
+    assert not leaked, f"grows with the number of runs: {leaked}"
 
 
 @pytest.mark.parametrize("operation, kind", [case for case in cases("default", "uvloop") if case.values[0].is_async])
@@ -70,8 +70,9 @@ def test_an_operation_on_a_loop_of_its_own_leaks_nothing(operation, kind, counte
             with asyncio.Runner(loop_factory=lambda: make_loop(kind)) as runner:
                 runner.run(operation.function())
 
-    leaked = hunt(run, 12, counted)
-    assert not leaked, f"grew in every round of 12 loops: {leaked}"
+    # asyncio itself needs some hundred loops before its own counts stand still.
+    leaked = hunt(run, 20, counted, every=2)
+    assert not leaked, f"grows with the number of loops: {leaked}"
 
 
 def test_every_public_name_of_the_core_has_an_operation():

@@ -42,44 +42,46 @@ class WorkerPlugin:
     """The child's side; must be picklable unless the workers are forked."""
 
     def boot(self, worker: Worker) -> None:
-        pass
+        """In the main thread of the child, before any loop; may refuse the start by raising."""
 
     async def start(self, worker: Worker) -> None:
-        pass
+        """In the loop, before the worker's context is entered."""
 
     def on_message(self, worker: Worker, message: dict[str, Any]) -> None:
-        pass
+        """A message from the parent of a kind that the worker does not know."""
 
     async def stop(self, worker: Worker) -> None:
-        pass
+        """In the loop, after the context was left, on all ways out."""
 
     def exit(self, worker: Worker) -> None:
-        pass
+        """After the loop is closed, on all ways out."""
 
 
 class ServerPlugin:
     """The parent's side."""
 
     def open(self, sup: Supervisor) -> None:
-        pass
+        """Before the main context, when no child exists; may refuse the start by raising."""
 
     def child_plugin(self, child: Child) -> WorkerPlugin | None:
+        """Just before each child is started: what is to travel with it, or None."""
         return None
 
     def child_event(self, child: Child, event: str) -> None:
-        pass
+        """"starting", "ready", "draining" or "gone": each at most once per child, in order."""
 
     def on_message(self, child: Child, message: dict[str, Any]) -> None:
-        pass
+        """A message from a child of a kind that the supervisor does not know."""
 
     def describe(self, child: Child) -> dict[str, Any]:
+        """Facts about a child for the log, the report and the status."""
         return {}
 
     def server_event(self, event: str, **facts: Any) -> None:
-        pass
+        """"ready", "reloading", "reloaded", "abandoned", "stopping" or "stopped", with its facts."""
 
     def tick(self, now: float) -> None:
-        pass
+        """About once per second, in the loop."""
 
     def close(self, sup: Supervisor) -> None:
-        pass
+        """After all children are gone; always called if open() was."""

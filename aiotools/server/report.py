@@ -57,6 +57,7 @@ class WorkerRecord:
         return "running" if self.code is None else f"exit code {self.code}"
 
     def set_exit(self, exitcode: int) -> None:
+        """Notes how the process ended, from its exit code: negative for a signal."""
         if exitcode < 0:
             try:
                 self.signal = _signal.Signals(-exitcode)

@@ -9,9 +9,11 @@
 #ifndef AIOT_LOOPSTATE_H
 #define AIOT_LOOPSTATE_H
 
+/* First: Python.h must come before the standard headers, which heap.h brings in. */
+#include "state.h"
+
 #include "heap.h"
 #include "link.h"
-#include "state.h"
 
 typedef struct AiotLoop AiotLoop;
 typedef struct AiotWaiter AiotWaiter;
