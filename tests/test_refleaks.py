@@ -34,6 +34,11 @@ def cases(*kinds):
     ]
 
 
+def counted_on(kind, counted):
+    """uvloop's wheels are not built for a debug interpreter: what they add and drop is missing in its total."""
+    return {name: count for name, count in counted.items() if kind != "uvloop" or name != "references"}
+
+
 def runner(operation, loop):
     if not operation.is_async:
 
@@ -57,7 +62,7 @@ def runner(operation, loop):
 def test_an_operation_leaks_nothing(operation, kind, counted):
     loop = make_loop(kind)
     try:
-        leaked = hunt(runner(operation, loop), 60, counted)
+        leaked = hunt(runner(operation, loop), 60, counted_on(kind, counted))
     finally:
         loop.close()
     assert not leaked, f"grows with the number of runs: {leaked}"
@@ -71,7 +76,7 @@ def test_an_operation_on_a_loop_of_its_own_leaks_nothing(operation, kind, counte
                 runner.run(operation.function())
 
     # asyncio itself needs some hundred loops before its own counts stand still.
-    leaked = hunt(run, 20, counted, every=2)
+    leaked = hunt(run, 20, counted_on(kind, counted), every=2)
     assert not leaked, f"grows with the number of loops: {leaked}"
 
 
