@@ -220,3 +220,18 @@ aiot_heap_remove(aiot_heap *h, aiot_heap_node *n)
     }
     CHECK_AROUND(h, hole);
 }
+
+void
+aiot_heap_shift(aiot_heap *h, double delta)
+{
+    assert(isfinite(delta));
+    for (size_t i = 0; i < h->len; i++) {
+        h->entries[i].when += delta;
+        h->entries[i].node->when = h->entries[i].when;
+    }
+    /* Only ties that are new can be out of order: by when, a parent still comes before its children. */
+    for (size_t i = h->len > 1 ? (h->len - 2) / ARITY + 1 : 0; i-- > 0;) {
+        sift_down(h, i, h->entries[i]);
+    }
+    CHECK_AROUND(h, 0);
+}

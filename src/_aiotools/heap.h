@@ -54,6 +54,10 @@ void aiot_heap_move(aiot_heap *h, aiot_heap_node *n, double when);
  * then, and kept as it is if that fails. */
 void aiot_heap_remove(aiot_heap *h, aiot_heap_node *n);
 
+/* Adds delta, which is finite, to all deadlines: a clock was set. Those that rounding makes equal keep the order in
+ * which they were set. O(n), cannot fail. */
+void aiot_heap_shift(aiot_heap *h, double delta);
+
 /* 1 if all invariants hold, else 0. O(n); for tests and debug builds. */
 int aiot_heap_check(const aiot_heap *h);
 

@@ -399,11 +399,34 @@ aiot_loop_arm_tick(AiotLoop *self)
     return rearm_tick(self, -INFINITY);
 }
 
+int
+aiot_loop_shift(AiotLoop *self, double delta)
+{
+    PyObject *handle;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    aiot_heap_shift(&self->alarms, delta);
+    AIOT_CHECK(aiot_heap_check(&self->alarms));
+    self->tick_now += delta;
+    self->clock_shift += delta;
+    handle = self->tick_handle;
+    self->tick_handle = NULL;
+    Py_END_CRITICAL_SECTION();
+    if (handle != NULL) {
+        handle_cancel(self, handle);
+    }
+    if (self->loop == NULL || (self->ticking > 0 && handle == NULL)) {
+        return 0;
+    }
+    return aiot_loop_arm_tick(self);
+}
+
 static int
 fire_due(AiotLoop *self, double now, uint64_t limit)
 {
     aiot_alarm *alarm;
-    while ((alarm = pop_due(self, now, limit)) != NULL) {
+    double shift = self->clock_shift;
+    /* After a change of clock, now means nothing: the rest waits for the next tick. */
+    while (self->clock_shift == shift && (alarm = pop_due(self, now, limit)) != NULL) {
         PyObject *owner = alarm->owner;
         int failed = alarm->fire(self, owner);
         if (failed < 0) {
@@ -438,10 +461,14 @@ LoopState_tick(PyObject *op, PyObject *Py_UNUSED(ignored))
     }
     self->ticking++;
     self->tick_now = now;
+    double shift = self->clock_shift;
     int failed = fire_due(self, now, self->alarms.next_order);
     self->ticking--;
     /* Called before its time: by less than the loop's clock can tell. Wait for the next millisecond. */
     double early_until = armed_for > now ? now + 0.001 : now;
+    if (self->clock_shift != shift) {
+        early_until = -INFINITY;
+    }
     PyObject *exc = failed ? PyErr_GetRaisedException() : NULL;
     int not_armed = rearm_tick(self, early_until);
     if (exc != NULL) {

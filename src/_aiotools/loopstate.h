@@ -86,6 +86,7 @@ struct AiotLoop {
     int ticking;                    /* depth of running ticks */
     double tick_now;                /* the clock reading of the running tick */
     double tick_at;                 /* when the armed handle is due */
+    double clock_shift;             /* the sum of all aiot_loop_shift() */
     PyObject *tick_handle;          /* or NULL */
     aiot_heap alarms;
     /* posts */
@@ -109,6 +110,11 @@ int aiot_loop_deadline(AiotLoop *loop, double delay, double *when);
 
 /* The earliest deadline that is set, infinity when there is none. */
 double aiot_loop_next_deadline(AiotLoop *loop);
+
+/* Another clock was put into the loop (clock.c): moves all deadlines by delta, so that each keeps its remaining delay,
+ * and arms the handle anew, with the call_at that the loop has now. Who keeps absolute times elsewhere
+ * corrects them by the change of clock_shift. 0, or -1 with an exception and no handle armed. */
+int aiot_loop_shift(AiotLoop *loop, double delta);
 
 /* asyncio.current_task(loop): new reference, NULL with RuntimeError "... must be used within a task" for what. */
 PyObject *aiot_loop_current_task(AiotLoop *loop, const char *what);

@@ -40,6 +40,37 @@ equal_deadlines_come_out_in_order_of_setting(void)
 }
 
 static void
+a_shift_moves_all_and_new_ties_come_out_in_order_of_setting(void)
+{
+    enum { N = 300 };
+    static aiot_heap_node nodes[N];
+    aiot_heap h;
+    aiot_heap_init(&h, check_realloc, check_free);
+    aiot_heap_shift(&h, 1.0);
+    for (int i = 0; i < N; i++) {
+        aiot_heap_node_init(&nodes[i]);
+        CHECK(aiot_heap_push(&h, &nodes[i], i % 3 ? random_below(1000) * 1e-12 : INFINITY) == 0);
+    }
+    aiot_heap_shift(&h, 0.5);
+    CHECK(aiot_heap_check(&h));
+    CHECK(aiot_heap_first(&h)->when >= 0.5 && aiot_heap_first(&h)->when < 0.51);
+    /* So large a clock cannot tell them apart. */
+    aiot_heap_shift(&h, 1.7e9);
+    CHECK(aiot_heap_check(&h));
+    for (int i = 0; i < N; i++) {
+        if (i % 3) {
+            CHECK(aiot_heap_first(&h) == &nodes[i] && nodes[i].when == 1.7e9 + 0.5);
+            aiot_heap_remove(&h, &nodes[i]);
+        }
+    }
+    for (int i = 0; i < N; i += 3) {
+        CHECK(aiot_heap_first(&h) == &nodes[i] && isinf(nodes[i].when));
+        aiot_heap_remove(&h, &nodes[i]);
+    }
+    aiot_heap_fini(&h);
+}
+
+static void
 move_counts_as_set_now(void)
 {
     aiot_heap_node a, b;
@@ -229,6 +260,7 @@ main(void)
 {
     empty_heap_has_no_first_and_allocates_nothing();
     equal_deadlines_come_out_in_order_of_setting();
+    a_shift_moves_all_and_new_ties_come_out_in_order_of_setting();
     move_counts_as_set_now();
     infinities_and_negative_zero_have_their_place();
     fini_puts_the_remaining_nodes_out();
