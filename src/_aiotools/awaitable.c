@@ -8,6 +8,8 @@
 
 #include "awaitable.h"
 
+#include "freelist.h"
+
 /* ---- results without a fresh exception ------------------------------------------------------------------- */
 
 /* Up to 3.14, `await` takes the value of a C iterator from a StopIteration. A fresh one costs as much as all else
@@ -88,6 +90,31 @@ static PyType_Spec Stop_spec = {
     .slots = Stop_slots,
 };
 
+#if AIOT_FREELISTS
+/* Nobody else has it, and nobody left anything in it. */
+static bool
+stop_is_fresh(PyObject *op)
+{
+    PyStopIterationObject *stop = (PyStopIterationObject *)op;
+    return Py_REFCNT(op) == 1 && stop->dict == NULL && stop->notes == NULL && stop->traceback == NULL
+           && stop->context == NULL && stop->cause == NULL && !stop->suppress_context
+           && PyTuple_GET_SIZE(stop->args) == 0;
+}
+
+/* False is the most frequent value of all (what __aexit__ returns). It cannot be kept alive for too long, so one
+ * exception serves for all of them as long as nobody catches and keeps it. */
+static int
+stop_with_false(aiot_state *state)
+{
+    PyObject *stop = state->stop_false;
+    if (stop == NULL || !stop_is_fresh(stop)) {
+        return 0;
+    }
+    PyErr_SetRaisedException(Py_NewRef(stop));
+    return 1;
+}
+#endif
+
 PyObject *
 aiot_stop_iteration(aiot_state *state, PyObject *value)
 {
@@ -95,6 +122,12 @@ aiot_stop_iteration(aiot_state *state, PyObject *value)
         Py_DECREF(value);
         return NULL;
     }
+#if AIOT_FREELISTS
+    if (value == Py_False && stop_with_false(state)) {
+        Py_DECREF(value);
+        return NULL;
+    }
+#endif
     PyStopIterationObject *stop;
 #if AIOT_FREELISTS
     if (state->n_free_stops > 0) {
@@ -117,6 +150,11 @@ aiot_stop_iteration(aiot_state *state, PyObject *value)
         return NULL;
     }
     stop->value = value;
+#if AIOT_FREELISTS
+    if (value == Py_False) {
+        Py_XSETREF(state->stop_false, Py_NewRef((PyObject *)stop));
+    }
+#endif
     PyErr_SetRaisedException((PyObject *)stop);
     return NULL;
 }
@@ -588,9 +626,12 @@ aiot_awaitable_free_lists(aiot_state *state)
 {
 #if AIOT_FREELISTS
     state->no_free_lists = true;
+    Py_CLEAR(state->stop_false);
     while (state->n_free_stops > 0) {
         PyObject_GC_Del(state->free_stops[--state->n_free_stops]);
     }
+    aiot_free_list_clear(&state->free_ctx_steps);
+    aiot_free_list_clear(&state->free_ctx_managers);
 #else
     (void)state;
 #endif

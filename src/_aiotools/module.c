@@ -1,7 +1,10 @@
 /* module.c: start-up of aiotools._aiotools, and nothing else. Multi-phase, one state per interpreter. */
 
 #include "awaitable.h"
+#include "closing.h"
+#include "ctxmgr.h"
 #include "loopstate.h"
+#include "resetting.h"
 #include "sleep.h"
 #include "waiter.h"
 
@@ -93,7 +96,10 @@ module_exec(PyObject *module)
         || aiot_awaitable_add_types(module) < 0
         || aiot_loopstate_add_types(module) < 0
         || aiot_waiter_add_types(module) < 0
-        || aiot_sleep_add_types(module) < 0)
+        || aiot_sleep_add_types(module) < 0
+        || aiot_ctxmgr_add_types(module) < 0
+        || aiot_resetting_add_types(module) < 0
+        || aiot_closing_add_types(module) < 0)
     {
         return -1;
     }

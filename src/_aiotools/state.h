@@ -39,6 +39,23 @@
     V(task) \
     V(time) \
     V(uncancel) \
+    /* context managers */ \
+    V(__doc__) \
+    V(aclose) \
+    V(ag_await) \
+    V(ag_frame) \
+    V(asend) \
+    V(athrow) \
+    V(cr_await) \
+    V(gi_code) \
+    V(throw) \
+    V(yield_return) \
+    V(func) \
+    V(args) \
+    V(kwds) \
+    V(ctxvar) \
+    V(value) \
+    V(thing) \
     /* arguments of sleep */ \
     V(delay) \
     V(result) \
@@ -53,6 +70,7 @@
     V(base_loop_time, "asyncio.base_events", "BaseEventLoop.time") \
     V(copy_context, "contextvars", "copy_context") \
     V(current_task, "asyncio", "current_task") \
+    V(decorator_call, "contextlib", "AsyncContextDecorator.__call__") \
     V(get_running_loop, "asyncio", "get_running_loop") \
     V(SimpleNamespace, "types", "SimpleNamespace") \
     V(time_module_dict, "time", "__dict__") \
@@ -60,6 +78,13 @@
 
 /* Types of ours. */
 #define AIOT_TYPES(V) \
+    V(CtxMgrType) \
+    V(CtxStepType) \
+    V(SendingCtxMgrType) \
+    V(ResettingType) \
+    V(ResettingStepType) \
+    V(ClosingType) \
+    V(ClosingExitType) \
     V(DoneType) \
     V(LoopStateType) \
     V(SleepType) \
@@ -72,6 +97,12 @@
     V(kw_context)         /* ("context",), for vectorcalls */ \
     V(no_loop)            /* stands in for a loop where a finished future needs one */ \
     V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */
+
+/* Memory of objects of one type that is kept for reuse (freelist.h). */
+typedef struct {
+    PyObject *kept[8];
+    int n;
+} aiot_free_list;
 
 typedef struct {
 #define V(name) PyObject *str_##name;
@@ -91,6 +122,9 @@ typedef struct {
 #if AIOT_FREELISTS
     PyObject *free_stops[8];
     int n_free_stops;
+    PyObject *stop_false;           /* a StopIteration(False), or NULL */
+    aiot_free_list free_ctx_steps;
+    aiot_free_list free_ctx_managers;
     bool no_free_lists;             /* set when the module goes */
 #endif
 } aiot_state;

@@ -1,0 +1,56 @@
+/* freelist.h: memory of garbage-collected objects of one type, kept for reuse.
+ *
+ * Each use says what it gains; see AIOT_FREELISTS in compat.h for when there are none. Only for exact types of fixed
+ * size. The lists belong to the module state and are emptied when the module goes.
+ */
+#ifndef AIOT_FREELIST_H
+#define AIOT_FREELIST_H
+
+#include "state.h"
+
+#include <string.h>
+
+#if AIOT_FREELISTS
+
+/* A new zeroed object, tracked by the collector; NULL with MemoryError. */
+static inline PyObject *
+aiot_free_list_alloc(aiot_free_list *list, PyTypeObject *type)
+{
+    if (list->n == 0) {
+        return type->tp_alloc(type, 0);
+    }
+    PyObject *op = list->kept[--list->n];
+    memset((char *)op + sizeof(PyObject), 0, (size_t)type->tp_basicsize - sizeof(PyObject));
+    PyObject_Init(op, type);
+    PyObject_GC_Track(op);
+    return op;
+}
+
+/* The end of a dealloc: frees op, which is untracked and cleared, and its reference to the type. state is NULL once the
+ * collector took the type apart. What was finalized is not kept: it would not be finalized again. */
+static inline void
+aiot_free_list_free(aiot_state *state, aiot_free_list *list, PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    if (state != NULL && !state->no_free_lists && list->n < (int)Py_ARRAY_LENGTH(list->kept)
+        && !PyObject_GC_IsFinalized(op))
+    {
+        list->kept[list->n++] = op;
+    }
+    else {
+        type->tp_free(op);
+    }
+    Py_DECREF(type);
+}
+
+static inline void
+aiot_free_list_clear(aiot_free_list *list)
+{
+    while (list->n > 0) {
+        PyObject_GC_Del(list->kept[--list->n]);
+    }
+}
+
+#endif
+
+#endif /* AIOT_FREELIST_H */
