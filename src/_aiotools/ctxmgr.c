@@ -176,25 +176,18 @@ step_did_not_stop(CtxStepObject *self, const char *text, PyObject **result)
     return step_drive(self, awaitable, result);
 }
 
-/* STEP_CLOSE failed: what is pending was raised while `error` was being handled. Puts it into the chain of
- * contexts as the interpreter would have done. */
+/* STEP_CLOSE failed: what is pending was raised while `error` was being handled, which the interpreter did not know.
+ * (What the generator raised in a handler of its own has another context, and keeps it.) */
 static void
 chain_close_failure(PyObject *error)
 {
     PyObject *failure = PyErr_GetRaisedException();
+    PyObject *context = PyException_GetContext(failure);
     PyObject *handled = PyException_GetContext(error);
-    PyObject *link = Py_NewRef(failure);
-    /* The limit is for cycles, which can be made by hand. */
-    for (int i = 0; i < 1000 && link != error; i++) {
-        PyObject *context = PyException_GetContext(link);
-        if (context == NULL || context == handled) {
-            Py_XDECREF(context);
-            PyException_SetContext(link, Py_NewRef(error));
-            break;
-        }
-        Py_SETREF(link, context);
+    if (context == handled && failure != error) {
+        PyException_SetContext(failure, Py_NewRef(error));
     }
-    Py_DECREF(link);
+    Py_XDECREF(context);
     Py_XDECREF(handled);
     PyErr_SetRaisedException(failure);
 }
@@ -814,6 +807,19 @@ ctxmgr_fill(CtxMgrObject *self, PyObject *gen, PyObject *func, PyObject *args, P
     }
 }
 
+static PyObject *
+mapping_as_dict(PyObject *mapping)
+{
+    PyObject *dict = PyDict_New();
+    if (dict != NULL && PyDict_Update(dict, mapping) < 0) {
+        Py_CLEAR(dict);
+        if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
+            PyErr_Format(PyExc_TypeError, "kwds must be a mapping, not '%.200s'", Py_TYPE(mapping)->tp_name);
+        }
+    }
+    return dict;
+}
+
 static int
 CtxMgr_init(PyObject *op, PyObject *args, PyObject *kwargs)
 {
@@ -827,8 +833,7 @@ CtxMgr_init(PyObject *op, PyObject *args, PyObject *kwargs)
     }
     PyObject *call_args = NULL, *call_kwds = NULL, *gen = NULL;
     if ((call_args = PySequence_Tuple(given[1])) == NULL
-        || (call_kwds = PyDict_New()) == NULL
-        || PyDict_Update(call_kwds, given[2]) < 0
+        || (call_kwds = mapping_as_dict(given[2])) == NULL
         || (gen = PyObject_Call(given[0], call_args, call_kwds)) == NULL)
     {
         Py_XDECREF(call_args);
