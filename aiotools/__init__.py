@@ -3,6 +3,15 @@
 from ._aiotools import checkpoint, sleep, sleep_until
 from ._version import __version__
 from .compat import all_tasks, current_task, get_running_loop, set_task_name
+from .context import (
+    AsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    actxmgr,
+    async_ctx_manager,
+    closing_async,
+    resetting,
+)
 from .defer import AsyncDeferFunc, AsyncDeferrable, DeferFunc, adefer, defer
 from .fork import AbstractChildProcess, PidfdChildProcess, PosixChildProcess, afork
 from .func import apartial
@@ -27,6 +36,14 @@ __all__ = (
     "current_task",
     "get_running_loop",
     "set_task_name",
+    # context
+    "AsyncContextManager",
+    "AsyncExitStack",
+    "aclosing",
+    "actxmgr",
+    "async_ctx_manager",
+    "closing_async",
+    "resetting",
     # defer
     "AsyncDeferFunc",
     "AsyncDeferrable",

@@ -27,9 +27,7 @@ from aiotools.context import (
     resetting,
 )
 
-BOTH = pytest.mark.parametrize(
-    "decorate", [actxmgr, contextlib.asynccontextmanager], ids=["ours", "contextlib"]
-)
+BOTH = pytest.mark.parametrize("decorate", [actxmgr, contextlib.asynccontextmanager], ids=["ours", "contextlib"])
 
 
 class Error(Exception):
@@ -237,7 +235,7 @@ async def raises_another(log, suspend):
         yield 1
     except BaseException:
         await turn(suspend)
-        raise Error("another")
+        raise Error("another")  # noqa: B904
 
 
 async def raises_another_from_it(log, suspend):
@@ -352,9 +350,7 @@ def describe(exc, seen=()):
         return "..."
     seen = (*seen, id(exc))
     frames = [
-        (frame.name, frame.lineno)
-        for frame in traceback.extract_tb(exc.__traceback__)
-        if frame.filename == __file__
+        (frame.name, frame.lineno) for frame in traceback.extract_tb(exc.__traceback__) if frame.filename == __file__
     ]
     return {
         "type": type(exc).__name__,
@@ -838,7 +834,7 @@ class TestManager:
 
         async with manager(1, 2, 3, c=4, self=5, func=6, args=7, kwds=8) as value:
             assert value == (1, 2, (3,), 4, {"self": 5, "func": 6, "args": 7, "kwds": 8})
-        async with manager(*(1, 2), **{"c": 3}) as value:
+        async with manager(*(1, 2), c=3) as value:
             assert value == (1, 2, (), 3, {})
 
     @BOTH
@@ -914,9 +910,7 @@ class TestManager:
         async def main():
             async with AsyncContextManager(ends_normally, ([], False), {}) as value:
                 assert value == "value"
-            async with AsyncContextManager(
-                func=ends_normally, args=[[]], kwds={"suspend": True}
-            ) as value:
+            async with AsyncContextManager(func=ends_normally, args=[[]], kwds={"suspend": True}) as value:
                 assert value == "value"
 
         run(main())
@@ -1096,9 +1090,7 @@ class TestSendingContextManager:
         for behaviour in BEHAVIOURS:
             for body in BODIES:
                 theirs = await outcome(contextlib.asynccontextmanager, behaviour, body, True)
-                ours = await outcome(
-                    lambda f: functools.partial(self.make, f), behaviour, body, True
-                )
+                ours = await outcome(lambda f: functools.partial(self.make, f), behaviour, body, True)
                 assert ours == theirs, (behaviour.__name__, body.__name__)
 
     async def test_the_parts_stay(self):
