@@ -20,6 +20,7 @@ import gc
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import threading
 
 import hypothesis
@@ -32,6 +33,8 @@ HAVE_UVLOOP = importlib.util.find_spec("uvloop") is not None
 THREAD_GRACE = 5.0
 # Survivors of this many tests are moved out of the collector's sight, so that collecting after each test stays cheap.
 TESTS_PER_FREEZE = 100
+# Without the GIL each collection looks at everything there is, frozen or not, and takes some ten milliseconds.
+TESTS_PER_COLLECTION = 10 if sysconfig.get_config_var("Py_GIL_DISABLED") else 1
 
 # The fixtures here give factories, so they serve all examples of a property; the machines are shared, so no deadline.
 hypothesis.settings.register_profile(
@@ -145,8 +148,7 @@ class Harness:
         if ready:
             self.complaints.append(f"ready waiters: {ready}")
 
-    def finish(self):
-        """Looks at all that is left and cleans up; returns the complaints."""
+    def close_loops(self):
         for loop in self.loops:
             if loop.is_closed():
                 continue
@@ -154,13 +156,15 @@ class Harness:
             if not loop.is_running():
                 asyncio.Runner(loop_factory=lambda loop=loop: loop).__enter__().close()
         self.loops.clear()
+
+    def finish(self):
+        """Looks at all that is left and cleans up; returns the complaints."""
+        self.close_loops()
         if threading.active_count() > len(self.threads):
             strays = [thread for thread in threading.enumerate() if thread not in self.threads]
             for thread in strays:
                 thread.join(THREAD_GRACE)
             self.complaints += [f"stray thread: {thread!r}" for thread in strays if thread.is_alive()]
-        # Runs the finalizers now, so that what they report belongs to this test.
-        gc.collect()
         self.complaints += [f"unhandled loop error: {describe_context(context)}" for context in self.errors]
         return self.complaints
 
@@ -188,6 +192,12 @@ def pytest_addoption(parser):
         "--loops",
         help=f"run on these loop kinds only, comma-separated (of {', '.join(LOOP_KINDS)}); one that is named "
         "must be available; 'asyncio' is all but uvloop",
+    )
+    parser.addoption(
+        "--tests-per-collection",
+        type=int,
+        default=TESTS_PER_COLLECTION,
+        help="the garbage collector runs after so many tests (default here: %(default)s)",
     )
 
 
@@ -260,8 +270,12 @@ def pytest_pyfunc_call(pyfuncitem):
         else:
             pyfuncitem.obj = function
         # A test that failed is cleaned up after, and keeps its own error.
+        tests_since_freeze += 1
+        if tests_since_freeze % pyfuncitem.config.getoption("--tests-per-collection") == 0:
+            # Runs the finalizers now, so that what they report belongs to this test.
+            harness.close_loops()
+            gc.collect()
         complaints = harness.finish()
-    tests_since_freeze += 1
     if tests_since_freeze >= TESTS_PER_FREEZE:
         tests_since_freeze = 0
         gc.freeze()

@@ -19,7 +19,9 @@ def outcomes(pytester):
     def run(source, *args):
         pytester.makepyfile("import asyncio, gc, threading, warnings\nimport pytest\n" + source)
         kinds = "default,eager,debug" if KINDS == 3 else "default,debug"
-        return pytester.runpytest_inprocess(f"--loops={kinds}", "-p", "no:cacheprovider", *args)
+        return pytester.runpytest_inprocess(
+            f"--loops={kinds}", "--tests-per-collection=1", "-p", "no:cacheprovider", *args
+        )
 
     return run
 

@@ -81,10 +81,10 @@ def attempt(function, kind, at, all_after):
         if not fail.entered:
             complaints.append("the operation never entered its block")
     finally:
+        gc.collect()
         complaints += [f"loop error: {describe_context(c)}" for c in harness.errors if not is_memory_error(c)]
         harness.errors.clear()
         complaints += harness.finish()
-        gc.collect()
         sys.unraisablehook = previous
     complaints += [f"{message}: {exc!r}" for exc, message in unraisable if not isinstance(exc, MemoryError)]
     return fail, complaints
