@@ -593,6 +593,12 @@ Waiter_getattro(PyObject *op, PyObject *name)
     if (name == loop->state->str_get_loop && loop->get_loop != NULL) {
         return Py_NewRef(loop->get_loop);
     }
+    if (((AiotWaiter *)op)->status == AIOT_CANCELLED && PyUnicode_Check(name)
+        && PyUnicode_Compare(name, loop->state->str_result) == 0)
+    {
+        /* asyncio asks with a fresh string each time; each would get a place in the type's lookup cache. */
+        name = loop->state->str_result;
+    }
     return PyObject_GenericGetAttr(op, name);
 }
 
