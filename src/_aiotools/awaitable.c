@@ -19,31 +19,16 @@ static void
 Stop_dealloc(PyObject *op)
 {
     PyStopIterationObject *self = (PyStopIterationObject *)op;
-    PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
     Py_CLEAR(self->dict);
     Py_CLEAR(self->args);
-#if PY_VERSION_HEX >= 0x030B0000
     Py_CLEAR(self->notes);
-#endif
     Py_CLEAR(self->traceback);
     Py_CLEAR(self->context);
     Py_CLEAR(self->cause);
     Py_CLEAR(self->value);
-#if AIOT_FREELISTS
-    /* NULL once the collector took the type apart, at the end of the interpreter. */
-    aiot_state *state = (aiot_state *)PyType_GetModuleState(type);
-    if (state == NULL) {
-        PyErr_Clear();
-    }
-    if (state != NULL && !state->no_free_lists && state->n_free_stops < (int)Py_ARRAY_LENGTH(state->free_stops)) {
-        state->free_stops[state->n_free_stops++] = op;
-        Py_DECREF(type);
-        return;
-    }
-#endif
-    type->tp_free(op);
-    Py_DECREF(type);
+    aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
+    aiot_free_list_free(state, state == NULL ? NULL : &state->free_stops, op);
 }
 
 static int
@@ -128,21 +113,11 @@ aiot_stop_iteration(aiot_state *state, PyObject *value)
         return NULL;
     }
 #endif
-    PyStopIterationObject *stop;
-#if AIOT_FREELISTS
-    if (state->n_free_stops > 0) {
-        stop = (PyStopIterationObject *)state->free_stops[--state->n_free_stops];
-        PyObject_Init((PyObject *)stop, state->StopIterationType);
-        PyObject_GC_Track(stop);
-    }
-    else
-#endif
-    {
-        stop = (PyStopIterationObject *)state->StopIterationType->tp_alloc(state->StopIterationType, 0);
-        if (stop == NULL) {
-            Py_DECREF(value);
-            return NULL;
-        }
+    PyStopIterationObject *stop =
+        (PyStopIterationObject *)aiot_free_list_alloc(&state->free_stops, state->StopIterationType);
+    if (stop == NULL) {
+        Py_DECREF(value);
+        return NULL;
     }
     if ((stop->args = PyTuple_New(0)) == NULL) {
         Py_DECREF(value);
@@ -234,6 +209,10 @@ aiot_awaitable_iternext(PyObject *op)
     case PYGEN_NEXT:
         return result;
     case PYGEN_RETURN:
+        if (result == Py_None) {
+            Py_DECREF(result);
+            return NULL;
+        }
         return aiot_stop_iteration(aiot_state_of_exact_type(Py_TYPE(op)), result);
     case PYGEN_ERROR:
     default:
@@ -582,11 +561,10 @@ Done_clear(PyObject *op)
 static void
 Done_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
     Py_CLEAR(((DoneObject *)op)->value);
-    type->tp_free(op);
-    Py_DECREF(type);
+    aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
+    aiot_free_list_free(state, state == NULL ? NULL : &state->free_dones, op);
 }
 
 static PyType_Slot Done_slots[] = {
@@ -612,29 +590,13 @@ static PyType_Spec Done_spec = {
 PyObject *
 aiot_done_new(aiot_state *state, PyObject *value)
 {
-    DoneObject *self = (DoneObject *)state->DoneType->tp_alloc(state->DoneType, 0);
+    DoneObject *self = (DoneObject *)aiot_free_list_alloc(&state->free_dones, state->DoneType);
     if (self == NULL) {
         return NULL;
     }
     aiot_awaitable_init(self, &Done_ops);
     self->value = Py_NewRef(value);
     return (PyObject *)self;
-}
-
-void
-aiot_awaitable_free_lists(aiot_state *state)
-{
-#if AIOT_FREELISTS
-    state->no_free_lists = true;
-    Py_CLEAR(state->stop_false);
-    while (state->n_free_stops > 0) {
-        PyObject_GC_Del(state->free_stops[--state->n_free_stops]);
-    }
-    aiot_free_list_clear(&state->free_ctx_steps);
-    aiot_free_list_clear(&state->free_ctx_managers);
-#else
-    (void)state;
-#endif
 }
 
 int

@@ -81,9 +81,6 @@ aiot_done_none(aiot_state *state)
 /* What (type[, value[, traceback]]) of a throw() means, as one new exception object. NULL with TypeError. */
 PyObject *aiot_throw_argument(PyObject *const *args, Py_ssize_t nargs);
 
-/* Frees what is kept for reuse, for good. */
-void aiot_awaitable_free_lists(aiot_state *state);
-
 int aiot_awaitable_add_types(PyObject *module);
 
 #endif /* AIOT_AWAITABLE_H */

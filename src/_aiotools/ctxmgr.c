@@ -50,13 +50,8 @@ typedef struct {
 
 /* An `async with` of an actxmgr makes a manager and two steps. Keeping their memory saves it a tenth of its time,
  * and the collector some of its runs. */
-#if AIOT_FREELISTS
-#  define STEP_ALLOC(state) aiot_free_list_alloc(&(state)->free_ctx_steps, (state)->CtxStepType)
-#  define MANAGER_ALLOC(state) aiot_free_list_alloc(&(state)->free_ctx_managers, (state)->CtxMgrType)
-#else
-#  define STEP_ALLOC(state) (state)->CtxStepType->tp_alloc((state)->CtxStepType, 0)
-#  define MANAGER_ALLOC(state) (state)->CtxMgrType->tp_alloc((state)->CtxMgrType, 0)
-#endif
+#define STEP_ALLOC(state) aiot_free_list_alloc(&(state)->free_ctx_steps, (state)->CtxStepType)
+#define MANAGER_ALLOC(state) aiot_free_list_alloc(&(state)->free_ctx_managers, (state)->CtxMgrType)
 
 /* ---- the manager's fields --------------------------------------------------------------------------------- */
 
@@ -542,19 +537,10 @@ Step_dealloc(PyObject *op)
     if (((aiot_awaitable *)op)->phase != AIOT_FINISHED && PyObject_CallFinalizerFromDealloc(op) < 0) {
         return;
     }
-    PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
     step_clear((CtxStepObject *)op);
-#if AIOT_FREELISTS
-    aiot_state *state = (aiot_state *)PyType_GetModuleState(type);
-    if (state == NULL) {
-        PyErr_Clear();
-    }
+    aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
     aiot_free_list_free(state, state == NULL ? NULL : &state->free_ctx_steps, op);
-#else
-    type->tp_free(op);
-    Py_DECREF(type);
-#endif
 }
 
 /* Introspection goes on to the frame of the generator, which contextlib's coroutine would hide. */
@@ -880,16 +866,11 @@ CtxMgr_dealloc(PyObject *op)
         PyObject_ClearWeakRefs(op);
     }
     CtxMgr_clear(op);
-#if AIOT_FREELISTS
     if (self->is_exact) {
-        aiot_state *state = (aiot_state *)PyType_GetModuleState(type);
-        if (state == NULL) {
-            PyErr_Clear();
-        }
+        aiot_state *state = aiot_state_for_dealloc(type);
         aiot_free_list_free(state, state == NULL ? NULL : &state->free_ctx_managers, op);
         return;
     }
-#endif
     type->tp_free(op);
     Py_DECREF(type);
 }

@@ -1,7 +1,7 @@
 /* freelist.h: memory of garbage-collected objects of one type, kept for reuse.
  *
  * Each use says what it gains; see AIOT_FREELISTS in compat.h for when there are none. Only for exact types of fixed
- * size. The lists belong to the module state and are emptied when the module goes.
+ * size. The lists belong to the module state (AIOT_FREE_LISTS in state.h) and are emptied when the module goes.
  */
 #ifndef AIOT_FREELIST_H
 #define AIOT_FREELIST_H
@@ -10,20 +10,22 @@
 
 #include <string.h>
 
-#if AIOT_FREELISTS
-
 /* A new zeroed object, tracked by the collector; NULL with MemoryError. */
 static inline PyObject *
 aiot_free_list_alloc(aiot_free_list *list, PyTypeObject *type)
 {
-    if (list->n == 0) {
-        return type->tp_alloc(type, 0);
+#if AIOT_FREELISTS
+    if (list->n > 0) {
+        PyObject *op = list->kept[--list->n];
+        memset((char *)op + sizeof(PyObject), 0, (size_t)type->tp_basicsize - sizeof(PyObject));
+        PyObject_Init(op, type);
+        PyObject_GC_Track(op);
+        return op;
     }
-    PyObject *op = list->kept[--list->n];
-    memset((char *)op + sizeof(PyObject), 0, (size_t)type->tp_basicsize - sizeof(PyObject));
-    PyObject_Init(op, type);
-    PyObject_GC_Track(op);
-    return op;
+#else
+    (void)list;
+#endif
+    return type->tp_alloc(type, 0);
 }
 
 /* The end of a dealloc: frees op, which is untracked and cleared, and its reference to the type. state is NULL once the
@@ -32,25 +34,43 @@ static inline void
 aiot_free_list_free(aiot_state *state, aiot_free_list *list, PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
+#if AIOT_FREELISTS
     if (state != NULL && !state->no_free_lists && list->n < (int)Py_ARRAY_LENGTH(list->kept)
         && !PyObject_GC_IsFinalized(op))
     {
         list->kept[list->n++] = op;
+        Py_DECREF(type);
+        return;
     }
-    else {
-        type->tp_free(op);
-    }
+#else
+    (void)state;
+    (void)list;
+#endif
+    type->tp_free(op);
     Py_DECREF(type);
 }
 
 static inline void
 aiot_free_list_clear(aiot_free_list *list)
 {
+#if AIOT_FREELISTS
     while (list->n > 0) {
         PyObject_GC_Del(list->kept[--list->n]);
     }
+#else
+    (void)list;
+#endif
 }
 
-#endif
+/* For tp_dealloc: the state of an exact type, NULL once the collector took the type apart. */
+static inline aiot_state *
+aiot_state_for_dealloc(PyTypeObject *type)
+{
+    aiot_state *state = (aiot_state *)PyType_GetModuleState(type);
+    if (state == NULL) {
+        PyErr_Clear();
+    }
+    return state;
+}
 
 #endif /* AIOT_FREELIST_H */

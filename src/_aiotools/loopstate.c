@@ -24,13 +24,28 @@
 #  include <time.h>
 #endif
 
-/* What this thread found last: a loop and its state, borrowed. Void when the epoch of the module moved on. */
+/* What was found last: a loop and its state, borrowed. Void when the epoch of the module moved on. One for each thread; under
+ * the GIL one for the interpreter will do, as threads take turns of milliseconds. */
+#ifdef Py_GIL_DISABLED
 static AIOT_THREAD_LOCAL struct {
-    PyObject *loop;
-    AiotLoop *found;
+    aiot_loop_cache cache;
     aiot_state *state;
-    uint64_t epoch;
 } last_loop;
+#endif
+
+static inline aiot_loop_cache *
+loop_cache(aiot_state *state)
+{
+#ifdef Py_GIL_DISABLED
+    if (last_loop.state != state) {
+        last_loop.state = state;
+        last_loop.cache.loop = NULL;
+    }
+    return &last_loop.cache;
+#else
+    return &state->last_loop;
+#endif
+}
 
 static void *
 raw_realloc(void *p, size_t n)
@@ -758,16 +773,16 @@ loopstate_find_or_make(aiot_state *state, PyObject *loop)
 AiotLoop *
 aiot_loop_get(aiot_state *state, PyObject *loop)
 {
+    aiot_loop_cache *cache = loop_cache(state);
     uint64_t epoch = aiot_atomic_load(&state->loops_epoch);
-    if (last_loop.loop == loop && last_loop.state == state && last_loop.epoch == epoch) {
-        return (AiotLoop *)Py_NewRef((PyObject *)last_loop.found);
+    if (AIOT_LIKELY(cache->loop == loop && cache->epoch == epoch)) {
+        return (AiotLoop *)Py_NewRef(cache->found);
     }
     AiotLoop *self = loopstate_find_or_make(state, loop);
     if (self != NULL) {
-        last_loop.loop = loop;
-        last_loop.found = self;
-        last_loop.state = state;
-        last_loop.epoch = epoch;
+        cache->loop = loop;
+        cache->found = (PyObject *)self;
+        cache->epoch = epoch;
     }
     return self;
 }

@@ -3,6 +3,7 @@
 #include "awaitable.h"
 #include "closing.h"
 #include "ctxmgr.h"
+#include "freelist.h"
 #include "loopstate.h"
 #include "resetting.h"
 #include "sleep.h"
@@ -106,6 +107,15 @@ module_exec(PyObject *module)
     return 0;
 }
 
+static void
+empty_free_lists(aiot_state *state)
+{
+    state->no_free_lists = true;
+#define V(name) aiot_free_list_clear(&state->free_##name);
+    AIOT_FREE_LISTS(V)
+#undef V
+}
+
 /* Strings and imports are no part of any cycle with us; they stay until the module is freed, so that what the
  * collector finalizes after module_clear still finds them. */
 static int
@@ -123,7 +133,7 @@ static int
 module_clear(PyObject *module)
 {
     aiot_state *state = aiot_state_of_module(module);
-    aiot_awaitable_free_lists(state);
+    empty_free_lists(state);
 #define V(name) Py_CLEAR(state->name);
     AIOT_TYPES(V)
     AIOT_OBJECTS(V)

@@ -10,6 +10,7 @@
 
 #include "args.h"
 #include "awaitable.h"
+#include "freelist.h"
 #include "waiter.h"
 
 typedef struct {
@@ -144,7 +145,7 @@ static const aiot_awaitable_ops checkpoint_ops = {
 static PyObject *
 sleep_new(aiot_state *state, const aiot_awaitable_ops *ops, double seconds, PyObject *result)
 {
-    SleepObject *self = (SleepObject *)state->SleepType->tp_alloc(state->SleepType, 0);
+    SleepObject *self = (SleepObject *)aiot_free_list_alloc(&state->free_sleeps, state->SleepType);
     if (self == NULL) {
         return NULL;
     }
@@ -240,7 +241,6 @@ static void
 Sleep_dealloc(PyObject *op)
 {
     SleepObject *self = (SleepObject *)op;
-    PyTypeObject *type = Py_TYPE(op);
     if (self->phase != AIOT_FINISHED && PyObject_CallFinalizerFromDealloc(op) < 0) {
         return;
     }
@@ -248,8 +248,8 @@ Sleep_dealloc(PyObject *op)
     assert(!aiot_alarm_is_set(&self->alarm));
     Sleep_clear(op);
     Py_CLEAR(self->loop);
-    type->tp_free(op);
-    Py_DECREF(type);
+    aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
+    aiot_free_list_free(state, state == NULL ? NULL : &state->free_sleeps, op);
 }
 
 static PyType_Slot Sleep_slots[] = {

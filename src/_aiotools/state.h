@@ -9,6 +9,7 @@
 
 #include "compat.h"
 
+
 /* Interned strings: the field is str_NAME. */
 #define AIOT_STRINGS(V) \
     V(__dict__) \
@@ -96,13 +97,35 @@
     V(done_none)          /* the shared awaitable whose result is None */ \
     V(kw_context)         /* ("context",), for vectorcalls */ \
     V(no_loop)            /* stands in for a loop where a finished future needs one */ \
-    V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */
+    V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */ \
+    V(stop_false)         /* a StopIteration(False) that is used again and again (awaitable.c), or NULL */
 
-/* Memory of objects of one type that is kept for reuse (freelist.h). */
+/* Objects that live for one await are kept for reuse (freelist.h): the field is free_NAME. */
+#define AIOT_FREE_LISTS(V) \
+    V(ctx_managers) \
+    V(ctx_steps) \
+    V(dones) \
+    V(sleeps) \
+    V(stops) \
+    V(waiters)
+
+/* A hop through checkpoint() takes a quarter less with them (424 -> 330 ns on 3.13). A task frees what it waited on
+ * before it waits again, so a few are enough for any number of tasks. */
 typedef struct {
-    PyObject *kept[8];
+#if AIOT_FREELISTS
+    PyObject *kept[16];
     int n;
+#else
+    char unused;
+#endif
 } aiot_free_list;
+
+/* The loop that was asked for last, and its state: borrowed. See loopstate.c. */
+typedef struct {
+    PyObject *loop;
+    PyObject *found;
+    uint64_t epoch;
+} aiot_loop_cache;
 
 typedef struct {
 #define V(name) PyObject *str_##name;
@@ -119,14 +142,13 @@ typedef struct {
 #undef V
     /* Changes whenever a loop state dies: what threads remember of loop states is void then. */
     uint64_t loops_epoch;
-#if AIOT_FREELISTS
-    PyObject *free_stops[8];
-    int n_free_stops;
-    PyObject *stop_false;           /* a StopIteration(False), or NULL */
-    aiot_free_list free_ctx_steps;
-    aiot_free_list free_ctx_managers;
-    bool no_free_lists;             /* set when the module goes */
+#ifndef Py_GIL_DISABLED
+    aiot_loop_cache last_loop;
 #endif
+#define V(name) aiot_free_list free_##name;
+    AIOT_FREE_LISTS(V)
+#undef V
+    bool no_free_lists;             /* set when the module goes */
 } aiot_state;
 
 extern struct PyModuleDef aiot_module_def;

@@ -12,6 +12,8 @@
 
 #include "waiter.h"
 
+#include "freelist.h"
+
 /* ---- the batch ---------------------------------------------------------------------------------------------- */
 
 static void
@@ -378,19 +380,16 @@ add_done_callback_lock_held(AiotWaiter *self, PyObject *callback, PyObject *cont
     return failed;
 }
 
-PyDoc_STRVAR(add_done_callback_doc,
-"add_done_callback($self, fn, /, *, context=None)\n--\n\n"
-"Have fn(self) called in context soon after this is done. See asyncio.Future.");
-
+/* add_done_callback(fn, *, context=None): have fn(self) called in context soon after this is done. */
 static PyObject *
-Waiter_add_done_callback(PyObject *op, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+Waiter_add_done_callback(PyObject *op, PyObject *const *args, size_t nargsf, PyObject *kwnames)
 {
     AiotWaiter *self = (AiotWaiter *)op;
-    aiot_state *state = self->loop->state;
+    Py_ssize_t nargs = PyVectorcall_NARGS(nargsf);
     PyObject *context = NULL;
     Py_ssize_t nkw = kwnames == NULL ? 0 : PyTuple_GET_SIZE(kwnames);
     /* The name that asyncio passes isn't an interned one. */
-    if (nkw == 1 && PyUnicode_Compare(PyTuple_GET_ITEM(kwnames, 0), state->str_context) == 0) {
+    if (nkw == 1 && PyUnicode_Compare(PyTuple_GET_ITEM(kwnames, 0), self->loop->state->str_context) == 0) {
         context = args[nargs];
     }
     else if (nkw != 0) {
@@ -542,8 +541,6 @@ Waiter_get_loop(PyObject *op, PyObject *Py_UNUSED(ignored))
 }
 
 static PyMethodDef Waiter_methods[] = {
-    {"add_done_callback", (PyCFunction)(void (*)(void))Waiter_add_done_callback, METH_FASTCALL | METH_KEYWORDS,
-     add_done_callback_doc},
     {"remove_done_callback", Waiter_remove_done_callback, METH_O, remove_done_callback_doc},
     {"cancel", (PyCFunction)(void (*)(void))Waiter_cancel, METH_FASTCALL | METH_KEYWORDS, cancel_doc},
     {"result", Waiter_result, METH_NOARGS, result_doc},
@@ -575,20 +572,31 @@ Waiter_set_blocking(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
     return 0;
 }
 
+static PyObject *
+Waiter_get_add_done_callback(PyObject *op, void *Py_UNUSED(closure))
+{
+    return Py_NewRef(op);
+}
+
 static PyGetSetDef Waiter_getset[] = {
+    {"add_done_callback", Waiter_get_add_done_callback, NULL,
+     "add_done_callback(fn, *, context=None): have fn(self) called in context soon after this is done.", NULL},
     {"_asyncio_future_blocking", Waiter_get_blocking, Waiter_set_blocking,
      "What asyncio.Task checks: yielded through an await, and not taken yet.", NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
-/* A task asks each yielded object for two attributes; answering them here makes a hop a fifth quicker
- * (401 -> 325 ns measured on 3.13). */
+/* A task asks each yielded object for three attributes; answering them here makes a hop a quarter quicker (361 -> 270 ns
+ * on 3.13). For add_done_callback the answer is the waiter itself, which can be called: no bound method. */
 static PyObject *
 Waiter_getattro(PyObject *op, PyObject *name)
 {
     AiotLoop *loop = ((AiotWaiter *)op)->loop;
     if (name == loop->state->str__asyncio_future_blocking) {
         return PyBool_FromLong(((AiotWaiter *)op)->blocking);
+    }
+    if (name == loop->state->str_add_done_callback) {
+        return Py_NewRef(op);
     }
     if (name == loop->state->str_get_loop && loop->get_loop != NULL) {
         return Py_NewRef(loop->get_loop);
@@ -624,11 +632,12 @@ Waiter_repr(PyObject *op)
 AiotWaiter *
 aiot_waiter_new(AiotLoop *loop, aiot_waiter_status status)
 {
-    PyTypeObject *type = loop->state->WaiterType;
-    AiotWaiter *self = (AiotWaiter *)type->tp_alloc(type, 0);
+    aiot_state *state = loop->state;
+    AiotWaiter *self = (AiotWaiter *)aiot_free_list_alloc(&state->free_waiters, state->WaiterType);
     if (self == NULL) {
         return NULL;
     }
+    self->call = Waiter_add_done_callback;
     self->loop = (AiotLoop *)Py_NewRef((PyObject *)loop);
     self->status = status;
     return self;
@@ -661,19 +670,26 @@ static void
 Waiter_dealloc(PyObject *op)
 {
     AiotWaiter *self = (AiotWaiter *)op;
-    PyTypeObject *type = Py_TYPE(op);
+    AiotLoop *loop = self->loop;
     PyObject_GC_UnTrack(op);
     assert(!self->linked);
     Waiter_clear(op);
-    Py_CLEAR(self->loop);
-    type->tp_free(op);
-    Py_DECREF(type);
+    self->loop = NULL;
+    aiot_free_list_free(loop == NULL ? NULL : loop->state, loop == NULL ? NULL : &loop->state->free_waiters, op);
+    Py_XDECREF(loop);
 }
+
+static PyMemberDef Waiter_members[] = {
+    {"__vectorcalloffset__", Py_T_PYSSIZET, offsetof(AiotWaiter, call), Py_READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
 
 static PyType_Slot Waiter_slots[] = {
     {Py_tp_doc, "What an awaitable of aiotools yields to its task while it waits."},
     {Py_tp_methods, Waiter_methods},
+    {Py_tp_members, Waiter_members},
     {Py_tp_getset, Waiter_getset},
+    {Py_tp_call, PyVectorcall_Call},
     {Py_tp_getattro, Waiter_getattro},
     {Py_tp_setattro, Waiter_setattro},
     {Py_tp_repr, Waiter_repr},
@@ -686,7 +702,8 @@ static PyType_Slot Waiter_slots[] = {
 static PyType_Spec Waiter_spec = {
     .name = "aiotools._aiotools.Waiter",
     .basicsize = sizeof(AiotWaiter),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_IMMUTABLETYPE
+             | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .slots = Waiter_slots,
 };
 

@@ -16,6 +16,7 @@ typedef enum {
 
 struct AiotWaiter {
     PyObject_HEAD
+    vectorcallfunc call;        /* add_done_callback: see Waiter_getattro */
     AiotLoop *loop;             /* owned */
     PyObject *callback;         /* the first one, or NULL */
     PyObject *context;          /* its context */
