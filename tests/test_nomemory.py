@@ -27,6 +27,10 @@ MOST = 5000
 CLEAN_RUNS = 4
 
 
+# More allocations than a run may need less than another one.
+PROBES = [None] * 32
+
+
 class Fail:
     """A context manager: in its block the allocation `at` fails, and only it or also all after it."""
 
@@ -45,10 +49,8 @@ class Fail:
         # If not, it is still to come, at one of the next allocations.
         try:
             try:
-                object_()
-                object_()
-                object_()
-                object_()
+                for _ in PROBES:
+                    object_()
             finally:
                 remove()
         except MemoryError:
