@@ -1,6 +1,7 @@
 """What runs in the children of the servers under test.  Imports little: every child imports it."""
 
 import asyncio
+import json
 import os
 import signal
 import threading
@@ -109,7 +110,8 @@ async def dies(loop, index, args):
     wire.send(("leave", index, received))
 
 
-async def not_a_generator(loop, index, args):
+@server_context
+async def bad_worker(loop, index, args):
     pass
 
 
@@ -125,9 +127,6 @@ async def yields_twice(loop, index, args):
     args[0].send(("enter", index))
     yield
     yield
-
-
-bad_worker = server_context(not_a_generator)
 
 
 class OwnContext:
@@ -211,3 +210,139 @@ async def coroutine_extra(loop, index, args):
 class DiesOnArrival:
     def __reduce__(self):
         return os._exit, (42,)
+
+
+# Managed servers
+
+
+@server_context
+async def managed(loop, index, args):
+    """Tells its generation and process id, too; obeys orders that the test sends over nothing."""
+    wire = args[0]
+    me = current_worker()
+    me.on_reload(lambda: wire.send(("reloaded", index, me.generation)))
+    wire.send(("enter", index, me.generation, os.getpid(), me.kind))
+    received = yield
+    wire.send(("leave", index, me.generation, received, me.stop_reason))
+
+
+@server_context
+async def counting(loop, index, args):
+    """Reports so many finished requests."""
+    wire, n = args
+    me = current_worker()
+    wire.send(("enter", index, me.generation, os.getpid()))
+    if len(wire_seen) == 0 and n:
+        loop.call_soon(me.request_done, n)
+    received = yield
+    wire.send(("leave", index, me.generation, received, me.stop_reason))
+
+
+wire_seen = []
+
+
+@server_context
+async def stuck_in_drain(loop, index, args):
+    """(wire, whether it also ignores cancellation)"""
+    wire, stubborn = args
+    wire.send(("enter", index))
+    yield
+    wire.send(("leaving", index))
+    while True:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            wire.send(("cancelled", index))
+            if not stubborn:
+                raise
+
+
+@server_context
+async def stuck_in_start(loop, index, args):
+    wire = args[0]
+    wire.send(("starting", index))
+    await asyncio.Event().wait()
+    yield
+
+
+def spin():
+    while True:
+        pass
+
+
+@server_context
+async def hangs_in_stop(loop, index, args):
+    """Blocks its loop when it is told to stop."""
+    wire = args[0]
+    wire.send(("enter", index))
+    yield
+    wire.send(("leaving", index))
+    time.sleep(3600)  # noqa: ASYNC251
+
+
+@server_context
+async def crashes_at_once(loop, index, args):
+    args[0].send(("enter", index))
+    raise RuntimeError("always broken")
+    yield
+
+
+@server_context
+async def echo(loop, index, args):
+    """Answers each line on the first socket with its index, generation and process id."""
+    wire = args[0]
+    me = current_worker()
+
+    async def serve(reader, writer):
+        try:
+            while line := await reader.readline():
+                writer.write(b"%d %d %d " % (index, me.generation, os.getpid()) + line)
+                await writer.drain()
+                me.request_done()
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, sock=me.sockets[0])
+    wire.send(("enter", index, me.generation, [s.getsockname() for s in me.sockets]))
+    yield
+    server.close()
+    wire.send(("leave", index, me.generation))
+
+
+def interpreter_id():
+    try:
+        from concurrent import interpreters
+    except ImportError:
+        return None
+    return interpreters.get_current().id
+
+
+@server_context
+async def fd_reporting(loop, index, args):
+    """Like managed, over the number of a descriptor."""
+
+    def send(*message):
+        os.write(args[0], json.dumps(message).encode() + b"\n")
+
+    me = current_worker()
+    send("enter", index, me.generation, me.kind, process_index.get(), interpreter_id())
+    received = yield
+    send("leave", index, me.generation, received)
+
+
+@server_context
+async def fd_echo(loop, index, args):
+    def send(*message):
+        os.write(args[0], json.dumps(message).encode() + b"\n")
+
+    me = current_worker()
+
+    async def serve(reader, writer):
+        line = await reader.readline()
+        writer.write(b"%d %d %d " % (index, me.generation, os.getpid()) + line)
+        writer.close()
+
+    server = await asyncio.start_server(serve, sock=me.sockets[0])
+    send("enter", index, me.generation, me.kind, me.sockets[0].getsockname())
+    yield
+    server.close()

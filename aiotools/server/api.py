@@ -12,11 +12,14 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from ..fork import MPContext, start_helpers
+from .control import ControlSocket, PidFile
 from .options import ServerOptions, loop_runner
 from .plugins import ServerPlugin
 from .report import ServerReport
 from .signals import SavedSignals
+from .sockets import ListenSockets
 from .supervise import Supervisor
+from .worker import parse_target
 
 __all__ = ("start_server",)
 
@@ -115,6 +118,14 @@ def start_server(
         raise TypeError(f"num_workers must be an int, not {num_workers!r}")
     if num_workers < 0:
         raise ValueError(f"num_workers must be at least 0, not {num_workers!r}")
+    if options.worker_kind == "interpreter":
+        if sys.version_info < (3, 14):
+            raise NotImplementedError("worker_kind='interpreter' needs Python 3.14")
+        if options.loop_factory == "uvloop" or getattr(runner, "__module__", "") == "uvloop":
+            raise RuntimeError("uvloop does not run in subinterpreters; use the default loop there")
+    for target in (worker_actxmgr, *extra_procs):
+        if isinstance(target, str):
+            parse_target(target)
     if mp_context is None:
         mp_context = multiprocessing.get_context("spawn" if options.managed else None)
     if options.loop_factory is not None:
@@ -122,12 +133,21 @@ def start_server(
     main_context = main_ctxmgr() if main_ctxmgr is not None else contextlib.nullcontext()
     sup = None
     with contextlib.ExitStack() as stack:
-        if num_workers or extra_procs:
+        if extra_procs or (num_workers and options.worker_kind == "process"):
             start_helpers(mp_context)
         # What is opened here is open before any child exists, and closed after the last one.
         saved = SavedSignals(stop_signals)
         stack.callback(saved.restore)
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals)
+        sockets = None
+        if options.bind:
+            sockets = ListenSockets(
+                options.bind,
+                backlog=options.backlog,
+                reuse_port=options.reuse_port,
+                mode=options.socket_mode,
+            )
+            stack.callback(sockets.close)
         sup = Supervisor(
             worker_actxmgr,
             list(extra_procs),
@@ -141,6 +161,11 @@ def start_server(
             run_to_completion=run_to_completion,
             runner=runner,
             options=options,
+            sockets=sockets,
         )
+        if options.control_socket is not None:
+            sup.plugins.append(ControlSocket(options.control_socket))
+        if options.pidfile is not None:
+            sup.plugins.append(PidFile(options.pidfile))
         runner(sup.run(main_context))
     return sup.report if options.report else None

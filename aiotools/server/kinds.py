@@ -128,18 +128,18 @@ class InterpreterHandle(ThreadHandle):
 
         def body() -> int:
             try:
-                return interp.call(_interpreter_main, list(sys.path), payload, channel, fds)
+                interp.exec(f"import sys; sys.path[:] = {sys.path!r}")
+                return interp.call(_interpreter_main, payload, channel, fds)
             finally:
                 interp.close()
 
         super().__init__(spec, body)
 
 
-def _interpreter_main(path: list[str], payload: bytes, channel: int, fds: list[int]) -> int:
+def _interpreter_main(payload: bytes, channel: int, fds: list[int]) -> int:
     import pickle
     import socket
 
-    sys.path[:] = path
     spec = pickle.loads(payload)
     spec.channel = socket.socket(fileno=channel)
     spec.sockets = [socket.socket(fileno=fd) for fd in fds]

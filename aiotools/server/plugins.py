@@ -14,7 +14,8 @@ Order in the parent::
       server_event(event, **facts)  "ready" (all workers up), "reloading", "reloaded", "abandoned",
                                     "stopping", "stopped"
       tick(now)                     about once per second, in the loop
-    close(sup)                      after all children are gone; always called if open() was
+      finish()                      coroutine, in the loop, after all children are gone
+    close(sup)                      after that; always called if open() was
 
 Order in a child, P being the WorkerPlugin that came along (unpickled under spawn and forkserver)::
 
@@ -82,6 +83,9 @@ class ServerPlugin:
 
     def tick(self, now: float) -> None:
         """About once per second, in the loop."""
+
+    async def finish(self) -> None:
+        pass
 
     def close(self, sup: Supervisor) -> None:
         """After all children are gone; always called if open() was."""

@@ -68,7 +68,8 @@ from .options import ServerOptions
 from .plugins import ServerPlugin, WorkerPlugin
 from .report import ServerFailed, ServerReport, WorkerRecord
 from .signals import MANAGEMENT_SIGNALS, default_stop_signal, name_of, signal_of
-from .worker import DUMP_SIGNAL, WorkerSpec, run_child
+from .sockets import ListenSockets
+from .worker import DUMP_SIGNAL, WorkerSpec, describe_error, import_afresh, import_target, run_child
 
 __all__ = ("Child", "Slot", "State", "Supervisor")
 
@@ -154,6 +155,14 @@ class Child:
             self.channel.send(message, **fields)
 
 
+class TargetError(RuntimeError):
+    """The code of thread workers could not be imported."""
+
+
+#: What _start_child() raises for a child that could not be had, as opposed to misuse.
+START_ERRORS = (ChildStartError, TargetError)
+
+
 class Slot:
     """An index that the server keeps filled."""
 
@@ -180,7 +189,7 @@ class Supervisor:
     :ivar slots: index -> :class:`Slot`.
     :ivar children: all children that are not gone, in order of their start.
     :ivar generation: of the code that the server runs.
-    :ivar sockets: the listening sockets of ``bind=``.
+    :ivar sockets: the listening sockets of ``bind=``, or None.
     :ivar stop_signal: what stops the server, or None; *stop_reason* says why in words.
     """
 
@@ -199,6 +208,7 @@ class Supervisor:
         run_to_completion: bool,
         runner: Callable[[Any], Any],
         options: ServerOptions,
+        sockets: ListenSockets | None = None,
     ) -> None:
         self.worker = worker
         self.extras = list(extras)
@@ -214,7 +224,7 @@ class Supervisor:
         self.options = options
         self.managed = options.managed
         self.plugins: list[ServerPlugin] = list(options.plugins)
-        self.sockets: list[socket.socket] = []
+        self.sockets = sockets
         self.slots: dict[int, Slot] = {}
         self.children: list[Child] = []
         self.report = ServerReport()
@@ -234,6 +244,7 @@ class Supervisor:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._roll_task: asyncio.Task[Any] | None = None
         self._roll_again = False
+        self._thread_targets: dict[int, Any] = {}
         self._started = False  # all initial children have been
         self._up = False
         self._expected = num_workers + len(self.extras)
@@ -268,6 +279,11 @@ class Supervisor:
                 self.report.stop_signal = self.stop_signal
                 self.report.reason = self.stop_reason
         finally:
+            for plugin in reversed(opened):
+                try:
+                    await plugin.finish()
+                except Exception:
+                    log.exception("Error in %r", plugin)
             for plugin in reversed(opened):
                 self._hook(plugin.close, self)
         if self.failure is not None:
@@ -315,7 +331,7 @@ class Supervisor:
     async def _start_initial(self, slot: Slot) -> None:
         try:
             await self._start_child(slot, self.generation)
-        except ChildStartError as exc:
+        except START_ERRORS as exc:
             if set(self.stop_signals) & {int(s) for s in signal.sigpending()}:
                 return  # the stop that is about to be noticed hit the child before it could mind
             if self.options.restart == "never":
@@ -558,12 +574,13 @@ class Supervisor:
                 if made is not None:
                     plugins.append(made)
             sockets = self.sockets_for(child)
+            target = self._target_for(slot, generation)
             spec = WorkerSpec(
                 index=slot.index,
                 generation=generation,
                 kind=child.kind,
                 role=slot.role,
-                target=slot.target,
+                target=target,
                 args=self.args,
                 stop_signals=self.stop_signals,
                 runner=self.runner,
@@ -590,6 +607,7 @@ class Supervisor:
                 child.handle = ThreadHandle(spec, lambda: run_child(spec))
                 theirs = None
             else:
+                spec.sockets = sockets
                 child.handle = InterpreterHandle(spec)
                 theirs = None
         except BaseException:
@@ -625,9 +643,24 @@ class Supervisor:
             self._tell_stop(child, self._signal_for_children(), "stopped")
         return child
 
+    def _target_for(self, slot: Slot, generation: int) -> Any:
+        """What a child runs.  Threads share the modules of this process, so these are exchanged here."""
+        if slot.kind != "thread" or not isinstance(slot.target, str):
+            return slot.target
+        if generation not in self._thread_targets:
+            try:
+                fn = import_target if generation == 1 else import_afresh
+                self._thread_targets[generation] = fn(slot.target)
+            except Exception as exc:
+                log.exception("%s cannot be imported", slot.target)
+                raise TargetError(describe_error(exc)) from exc
+        return self._thread_targets[generation]
+
     def sockets_for(self, child: Child) -> list[socket.socket]:
         """The listening sockets for a new child."""
-        return self.sockets
+        if self.sockets is None or child.role != "worker":
+            return []
+        return self.sockets.for_index(child.index)
 
     def _read_dump(self, child: Child) -> None:
         assert self.loop is not None
@@ -728,6 +761,7 @@ class Supervisor:
 
     def _log_exit(self, child: Child) -> None:
         code, record = child.exitcode, child.record
+        who = f"A child process [{child.pid}]" if child.kind == "process" else f"A {child.kind}"
         assert code is not None
         extra = ""
         if self.managed:
@@ -741,15 +775,15 @@ class Supervisor:
             log.error("%s was given up%s", child.label, extra)
         elif code < 0:
             log.warning(
-                "A child process [%s] was terminated by %s%s",
-                child.pid,
+                "%s was terminated by %s%s",
+                who,
                 record.outcome,
                 extra and f"; {child.label}{extra}",
             )
         elif code > 0:
             log.warning(
-                "A child process [%s] has exited with a non-zero status %d%s",
-                child.pid,
+                "%s has exited with a non-zero status %d%s",
+                who,
                 code,
                 extra and f"; {child.label}{extra}",
             )
@@ -824,7 +858,7 @@ class Supervisor:
                 if slot.current is None and slot.wanted and self.stop_signal is None:
                     try:
                         await self._start_child(slot, self.generation)
-                    except ChildStartError as exc:
+                    except START_ERRORS as exc:
                         failed = str(exc)
         finally:
             slot.restart = None
@@ -845,7 +879,7 @@ class Supervisor:
                 slot.current = None
             try:
                 child = await self._start_child(slot, generation, successor=True)
-            except ChildStartError as exc:
+            except START_ERRORS as exc:
                 return str(exc)
             try:
                 ready = await child.wait_settled()

@@ -46,7 +46,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import faulthandler
 import functools
 import importlib
 import inspect
@@ -55,6 +54,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -110,13 +110,46 @@ class WorkerSpec:
     plugins: Sequence[WorkerPlugin] = ()
 
 
+def parse_target(target: str) -> tuple[str, str]:
+    """The two parts of an import string.
+
+    :raises ValueError: it has no two parts.
+    """
+    module_name, _, path = target.partition(":")
+    if not module_name or not path or not all(name.isidentifier() for name in path.split(".")):
+        raise ValueError(f"an import string must read 'package.module:name', not {target!r}")
+    return module_name, path
+
+
+def import_afresh(target: str) -> Any:
+    """As :func:`import_target`, with the code as it is on disk now, for workers that share this process.
+
+    The whole top-level package is imported anew; what runs keeps the modules that it has.  If that
+    fails, the modules are those of before.
+    """
+    top = parse_target(target)[0].partition(".")[0]
+    if top == "__main__" or top in sys.builtin_module_names:
+        return import_target(target)
+
+    def mine() -> list[str]:
+        return [name for name in sys.modules if name == top or name.startswith(top + ".")]
+
+    saved = {name: sys.modules.pop(name) for name in mine()}
+    importlib.invalidate_caches()
+    try:
+        return import_target(target)
+    except BaseException:
+        for name in mine():
+            del sys.modules[name]
+        sys.modules.update(saved)
+        raise
+
+
 def import_target(target: Any) -> Any:
     """The object that ``"package.module:name.of.it"`` names; anything but a str is returned as it is."""
     if not isinstance(target, str):
         return target
-    module_name, sep, path = target.partition(":")
-    if not module_name or not sep or not path:
-        raise ValueError(f"a worker's import string must read 'package.module:name', not {target!r}")
+    module_name, path = parse_target(target)
     obj = importlib.import_module(module_name)
     for name in path.split("."):
         try:
@@ -347,6 +380,8 @@ def _prepare_managed(spec: WorkerSpec) -> None:
         if signum not in spec.stop_signals:
             signal.signal(signum, signal.SIG_IGN)
     if spec.dump is not None and DUMP_SIGNAL is not None and DUMP_SIGNAL not in spec.stop_signals:
+        import faulthandler  # not here for subinterpreters
+
         os.set_blocking(spec.dump.fileno(), False)  # nobody may read it any more
         faulthandler.register(DUMP_SIGNAL, file=spec.dump.fileno(), all_threads=True)
 

@@ -1,0 +1,126 @@
+"""A server in the test's own process, whose main context reacts to what the children say."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+
+import server_workers as workers
+from process_helpers import START_METHODS, Wire
+
+from aiotools.server import ServerPlugin, main_context, start_server
+
+RUNNERS = {"default": asyncio.run, "debug": workers.run_debug, "eager": workers.run_eager}
+with contextlib.suppress(ImportError):
+    import uvloop
+
+    RUNNERS["uvloop"] = uvloop.run
+if not hasattr(asyncio, "eager_task_factory"):
+    del RUNNERS["eager"]
+
+# Not the full product: a child is expensive under spawn.
+SETUPS = [(m, r) for m in START_METHODS for r in RUNNERS if r in ("default", "uvloop")]
+SETUPS += [(START_METHODS[0], r) for r in RUNNERS if r in ("debug", "eager")]
+
+multiprocessing.set_forkserver_preload(["server_workers"])
+
+
+class Play:
+    """Runs a server in this process, whose main context reacts to what the children say."""
+
+    def __init__(self, method, runner):
+        self.ctx = multiprocessing.get_context(method)
+        self.method = method
+        self.runner = RUNNERS[runner]
+        self.wire = Wire(self.ctx)
+        self.said = []
+        self.main_received = None
+        self.main_error = None
+        self.react = lambda message: None
+        self.children_at_exit = None
+        self.events = []
+        self.actions = []
+        self.sup = None
+        self.plugin = Recorder(self)
+
+    def on_event(self, event, action):
+        """Do *action* at each *event* of the server."""
+        self.actions.append((event, action))
+
+    def sup_command(self, verb):
+        self.sup.command(verb)
+
+    def on_message(self):
+        while self.wire.reader.poll(0):
+            message = self.wire.reader.recv()
+            self.said.append(message)
+            self.react(message)
+
+    def count(self, what):
+        return sum(1 for m in self.said if m[0] == what)
+
+    def of(self, what):
+        return [m[1:] for m in self.said if m[0] == what]
+
+    def stop_after(self, what, n, signum=signal.SIGTERM):
+        """Send *signum* to the server when *what* was said by *n* children."""
+
+        def react(message):
+            if message[0] == what and self.count(what) == n:
+                os.kill(os.getpid(), signum)
+
+        self.react = react
+
+    def main(self, *given, wire=True):
+        play = self
+
+        @main_context
+        def context():
+            loop = asyncio.get_running_loop()
+            loop.add_reader(play.wire.reader.fileno(), play.on_message)
+            try:
+                play.main_received = yield (*([play.wire.writer] if wire else []), *given)
+            except BaseException as exc:
+                play.main_error = exc
+                raise
+            finally:
+                play.children_at_exit = {p for p in multiprocessing.active_children() if p.is_alive()}
+                loop.remove_reader(play.wire.reader.fileno())
+                play.on_message()
+
+        return context
+
+    def start(self, worker, *given, main=None, **kwargs):
+        kwargs.setdefault("mp_context", self.ctx)
+        kwargs.setdefault("runner", self.runner)
+        try:
+            return start_server(worker, main or self.main(*given), **kwargs)
+        finally:
+            self.said += self.wire.drain()
+
+
+class Recorder(ServerPlugin):
+    """Records the supervisor's events, and gives the test its supervisor."""
+
+    def __init__(self, play):
+        self.play = play
+
+    def open(self, sup):
+        self.play.sup = sup
+        self.play.events.append("open")
+
+    def child_event(self, child, event):
+        self.play.events.append(f"{event} {child.index}")
+
+    def server_event(self, event, **facts):
+        self.play.events.append(event)
+        for wanted, action in self.play.actions:
+            if wanted == event:
+                action()
+
+    async def finish(self):
+        self.play.events.append("finish")
+
+    def close(self, sup):
+        self.play.events.append("close")
