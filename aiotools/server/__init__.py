@@ -10,6 +10,7 @@ import types
 from typing import Any
 
 from .api import start_server
+from .asgi import asgi_worker
 from .contexts import (
     AsyncServerContextManager,
     ServerMainContextManager,
@@ -32,6 +33,7 @@ __all__ = (
     "Worker",
     "WorkerPlugin",
     "WorkerRecord",
+    "asgi_worker",
     "current_worker",
     "main",
     "main_context",

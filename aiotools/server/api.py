@@ -13,6 +13,7 @@ from typing import Any
 
 from ..fork import MPContext, start_helpers
 from .control import ControlSocket, PidFile
+from .heartbeat import Heartbeat
 from .options import ServerOptions, loop_runner
 from .plugins import ServerPlugin
 from .report import ServerReport
@@ -165,6 +166,8 @@ def start_server(
         )
         if options.control_socket is not None:
             sup.plugins.append(ControlSocket(options.control_socket))
+        if options.hang_timeout is not None:
+            sup.plugins.append(Heartbeat(options.hang_timeout))
         if options.pidfile is not None:
             sup.plugins.append(PidFile(options.pidfile))
         runner(sup.run(main_context))

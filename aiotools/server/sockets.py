@@ -7,10 +7,14 @@ shows at the call, with the address in the message.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import select
 import socket
 import stat
+import struct
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -99,6 +103,7 @@ class ListenSockets:
         self._shared: list[socket.socket] = []
         # With reuse_port: for each socket of the list above its siblings, by index of the worker.
         self._own: dict[int, list[socket.socket]] = {}
+        self._opened: list[socket.socket] = []  # TCP, and nobody else's
         self._paths: list[tuple[str, int, int]] = []
         if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
             raise ValueError("reuse_port: this system has no SO_REUSEPORT")
@@ -163,6 +168,7 @@ class ListenSockets:
         except BaseException:
             sock.close()
             raise
+        self._opened.append(sock)
         return sock
 
     def _open_unix(self, path: str, offered: list[socket.socket]) -> None:
@@ -195,12 +201,52 @@ class ListenSockets:
             self._own[index] = own
         return self._own[index]
 
+    def addresses(self) -> list[str]:
+        """Where they listen, as for ``bind=``."""
+        found = []
+        for sock in self._shared:
+            name = sock.getsockname()
+            if not isinstance(name, tuple):
+                found.append(f"unix:{name.decode() if isinstance(name, bytes) else name}".replace("\0", "@"))
+            elif sock.family == socket.AF_INET6:
+                found.append(f"tcp://[{name[0]}]:{name[1]}")
+            else:
+                found.append(f"tcp://{name[0]}:{name[1]}")
+        return found
+
+    def refuse_new(self) -> None:
+        """Let no new connection into the accept queues, where the system can do that.
+
+        On Linux a packet filter drops the first packet of a TCP handshake: the client tries again
+        after a while, finds the socket closed, and is refused.  The files of Unix sockets go.  Sockets
+        that somebody else holds as well are left alone: their queues outlive us.
+        """
+        for sock in self._opened:
+            if sys.platform == "linux" and sock.fileno() >= 0:
+                with contextlib.suppress(OSError):
+                    _drop_syn(sock)
+        self._unlink()
+
+    def pending(self) -> bool:
+        """Whether a connection waits to be accepted."""
+        poll = select.poll()
+        for sock in self._all():
+            poll.register(sock.fileno(), select.POLLIN)
+        return any(events & select.POLLIN for _, events in poll.poll(0))
+
+    def _all(self) -> list[socket.socket]:
+        every = [*self._shared, *(s for own in self._own.values() for s in own)]
+        return list({id(s): s for s in every}.values())
+
     def close(self) -> None:
         """Close all, and remove the files of the Unix sockets that are still ours."""
-        for sock in [*self._shared, *(s for own in self._own.values() for s in own)]:
+        for sock in self._all():
             sock.close()
         self._shared.clear()
         self._own.clear()
+        self._unlink()
+
+    def _unlink(self) -> None:
         for path, dev, ino in self._paths:
             try:
                 found = os.stat(path)
@@ -209,6 +255,22 @@ class ListenSockets:
             except OSError:
                 pass
         self._paths.clear()
+
+
+def _drop_syn(sock: socket.socket) -> None:
+    """Attach a classic packet filter that drops TCP segments with the SYN flag."""
+    import ctypes
+
+    code = [
+        (0x30, 0, 0, 13),  # load byte 13 of the TCP header: the flags
+        (0x45, 0, 1, 0x02),  # SYN set?
+        (0x06, 0, 0, 0),  # drop
+        (0x06, 0, 0, 0x40000),  # keep
+    ]
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
+    # struct sock_fprog
+    option = struct.pack("HP", len(code), ctypes.addressof(program))
+    sock.setsockopt(socket.SOL_SOCKET, 26, option)  # SO_ATTACH_FILTER
 
 
 def open_unix_socket(path: str, mode: int | None) -> socket.socket:

@@ -77,6 +77,8 @@ log = logging.getLogger(__package__)
 
 #: Seconds between two looks at the children (memory, plugins' ticks).
 TICK = 1.0
+#: Seconds at most for the workers to take what waits in the accept queues when the server stops.
+ACCEPT_GRACE = 0.1
 #: Seconds that a process gets to write its stacks before it is killed.
 DUMP_GRACE = 0.5
 
@@ -318,8 +320,25 @@ class Supervisor:
         with contextlib.suppress(AttributeError):
             self._main_context.yield_return = signum
         self._event("stopping", signal=signum, reason=self.stop_reason)
+        if self.sockets is not None:
+            await self._turn_away()
         await self._stop_children(self._signal_for_children())
         self._event("stopped")
+
+    async def _turn_away(self) -> None:
+        """Have new connections refused, and those that wait to be accepted taken by the workers.
+
+        A listening socket that is closed resets the connections in its accept queue: to the clients
+        these are established already.
+        """
+        assert self.sockets is not None
+        self.sockets.refuse_new()
+        end = time.monotonic() + ACCEPT_GRACE
+        empty = 0
+        while time.monotonic() < end and empty < 2 and any(c.state is State.READY for c in self.children):
+            # A handshake that is half done takes one more round trip.
+            await asyncio.sleep(0.005)
+            empty = 0 if self.sockets.pending() else empty + 1
 
     def _signal_for_children(self) -> int:
         # A worker understands its stop signals only.
@@ -344,7 +363,13 @@ class Supervisor:
             return
         if all(s.current and s.current.state is State.READY for s in self.slots.values()):
             self._up = True
-            log.debug("all %d children are ready", len(self.slots))
+            where = self.sockets.addresses() if self.sockets is not None else []
+            log.log(
+                logging.INFO if self.managed else logging.DEBUG,
+                "ready: %d workers%s",
+                sum(s.role == "worker" for s in self.slots.values()),
+                "".join(f", {address}" for address in where),
+            )
             self._event("ready")
 
     async def _ticker(self) -> None:

@@ -1,0 +1,167 @@
+"""``aiotools serve``: run a service with production defaults; ``aiotools control``: talk to it.
+
+Exit status of ``serve``: 0 after a stop, 2 for a bad command line, 3 if the server gave up, 1 if it
+could not start (an address in use, ...); the reason is in the last line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import os
+import signal
+import sys
+from typing import Any
+
+__all__ = ("add_parsers", "run_control", "run_serve")
+
+
+def _seconds(text: str) -> float | None:
+    """Seconds, or "none" for no limit."""
+    return None if text == "none" else float(text)
+
+
+def _size(text: str) -> int:
+    """A number of bytes, also as 512M or 2G."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    if text and text[-1].upper() in units:
+        return int(float(text[:-1]) * units[text[-1].upper()])
+    return int(text)
+
+
+def _mode(text: str) -> int:
+    return int(text, 8)
+
+
+def add_parsers(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="run a service with several workers",
+        description="Run a service with several workers, restarted when they fail and replaced on SIGHUP "
+        "without losing a request.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = serve.add_argument
+    add("target", help="package.module:worker, or asgi:package.module:app")
+    add("-w", "--workers", type=int, default=1, metavar="N", help="number of workers")
+    add("--bind", action="append", default=[], metavar="ADDRESS",
+        help="tcp://host:port, unix:path, fd://number or systemd; may be repeated")  # fmt: skip
+    add("--loop", choices=["auto", "asyncio", "uvloop"], default="auto", help="event loop; auto: uvloop if there")
+    add("--kind", choices=["process", "thread", "interpreter"], default="process", help="kind of worker")
+    add("--restart", choices=["never", "on-failure", "always"], default="on-failure", help="restart policy")
+    add("--hang-timeout", type=_seconds, default=30.0, metavar="S", help="kill a worker whose loop stands that long")
+    add("--start-timeout", type=_seconds, default=60.0, metavar="S", help="time for a worker to become ready")
+    add("--drain-timeout", type=_seconds, default=30.0, metavar="S", help="time for a worker to finish its work")
+    add("--cancel-timeout", type=float, default=5.0, metavar="S", help="time for cancelled work to end")
+    add("--max-surge", type=int, default=1, metavar="N", help="extra workers during a rolling restart")
+    add("--boot-failure-limit", type=int, default=5, metavar="N", help="failures in a row before giving up")
+    add("--max-requests", type=int, default=None, metavar="N", help="replace a worker after so many requests")
+    add("--max-age", type=float, default=None, metavar="S", help="replace a worker after so many seconds")
+    add("--max-memory", type=_size, default=None, metavar="SIZE", help="replace a worker that is larger (512M, 2G)")
+    add("--backlog", type=int, default=2048, metavar="N", help="length of the accept queue")
+    add("--reuse-port", action="store_true", help="one TCP socket per worker")
+    add("--socket-mode", type=_mode, default=None, metavar="OCTAL", help="permissions of Unix sockets")
+    add("--pidfile", default=None, metavar="PATH", help="file that holds the process id")
+    add("--control", default=None, metavar="PATH", help="control socket, for 'aiotools control'")
+    add("--app-dir", default=".", metavar="DIR", help="directory to import from")
+    add("--log-level", choices=["debug", "info", "warning", "error"], default="info", help="what is logged")
+    serve.set_defaults(run=run_serve)
+
+    control = commands.add_parser("control", help="talk to a running service", description="Talk to a running service.")
+    control.add_argument("socket", help="its control socket")
+    control.add_argument("verb", choices=["restart", "reload", "status", "more", "less", "stop"])
+    control.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="time for the answer")
+    control.set_defaults(run=run_control)
+
+
+def set_up_logging(level: str, index: int | None = None) -> None:
+    """Log to stderr; in each child, too."""
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s", force=True
+    )
+
+
+def _loop(choice: str, kind: str) -> str:
+    if choice != "auto":
+        return choice
+    if kind == "interpreter":
+        return "asyncio"
+    try:
+        import uvloop  # noqa: F401
+    except ImportError:
+        return "asyncio"
+    return "uvloop"
+
+
+def run_serve(arguments: argparse.Namespace) -> int:
+    from ..server import ServerFailed, start_server
+    from ..server.worker import parse_target
+
+    set_up_logging(arguments.log_level)
+    directory = os.path.abspath(arguments.app_dir)
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    target: Any = arguments.target
+    try:
+        if target.startswith("asgi:"):
+            from ..server.asgi import asgi_worker
+
+            parse_target(target.removeprefix("asgi:"))
+            target = asgi_worker(target.removeprefix("asgi:"))
+        else:
+            parse_target(target)
+        start_server(
+            target,
+            num_workers=arguments.workers,
+            prestart_hook=functools.partial(set_up_logging, arguments.log_level)
+            if arguments.kind == "process"
+            else None,
+            stop_signals=(signal.SIGINT, signal.SIGTERM),
+            worker_kind=arguments.kind,
+            loop_factory=_loop(arguments.loop, arguments.kind),
+            bind=arguments.bind,
+            backlog=arguments.backlog,
+            reuse_port=arguments.reuse_port,
+            socket_mode=arguments.socket_mode,
+            restart=arguments.restart,
+            boot_failure_limit=arguments.boot_failure_limit,
+            start_timeout=arguments.start_timeout,
+            hang_timeout=arguments.hang_timeout,
+            drain_timeout=arguments.drain_timeout,
+            cancel_timeout=arguments.cancel_timeout,
+            max_surge=arguments.max_surge,
+            max_requests=arguments.max_requests,
+            max_age=arguments.max_age,
+            max_memory=arguments.max_memory,
+            pidfile=arguments.pidfile,
+            control_socket=arguments.control,
+        )
+    except ServerFailed as exc:
+        print(f"aiotools serve: {exc}", file=sys.stderr)
+        return 3
+    except (ValueError, TypeError, NotImplementedError) as exc:
+        print(f"aiotools serve: {exc}", file=sys.stderr)
+        return 2
+    except (OSError, RuntimeError) as exc:
+        print(f"aiotools serve: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_control(arguments: argparse.Namespace) -> int:
+    from ..server.control import ControlError, command
+
+    fields = {"wait": True} if arguments.verb == "restart" else {}
+    try:
+        answer = command(arguments.socket, arguments.verb, timeout=arguments.timeout, **fields)
+    except ControlError as exc:
+        print(f"aiotools control: {exc}", file=sys.stderr)
+        return 1
+    except OSError as exc:
+        print(f"aiotools control: {arguments.socket}: {exc.strerror or exc}", file=sys.stderr)
+        return 1
+    if answer:
+        print(json.dumps(answer, indent=2))
+    return 0
