@@ -92,14 +92,11 @@ async def _tick(server: Any, me: Any) -> None:
 
 async def _drain(server: Any, config: Any, me: Any) -> None:
     state = server.server_state
-    # What the loop has accepted already becomes a connection within two turns.
     for listener in server.servers:
-        listener.close()
+        listener.close()  # accepting has ended before (Worker.stop_accepting)
     close = (b"connection", b"close")
     config.encoded_headers.append(close)
     state.default_headers = [*state.default_headers, close]
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
     for connection in list(state.connections):
         if not hasattr(connection, "cycle"):  # a WebSocket: "service restart"
             connection.shutdown()

@@ -69,7 +69,7 @@ class ServerPlugin:
         return None
 
     def child_event(self, child: Child, event: str) -> None:
-        """"starting", "ready", "draining" or "gone": each at most once per child, in order."""
+        """ "starting", "ready", "draining" or "gone": each at most once per child, in order."""
 
     def on_message(self, child: Child, message: dict[str, Any]) -> None:
         """A message from a child of a kind that the supervisor does not know."""
@@ -79,7 +79,7 @@ class ServerPlugin:
         return {}
 
     def server_event(self, event: str, **facts: Any) -> None:
-        """"ready", "reloading", "reloaded", "abandoned", "stopping" or "stopped", with its facts."""
+        """ "ready", "reloading", "reloaded", "abandoned", "stopping" or "stopped", with its facts."""
 
     def tick(self, now: float) -> None:
         """About once per second, in the loop."""

@@ -77,6 +77,10 @@ _current: ContextVar[Worker] = ContextVar("aiotools_current_worker")
 #: The signal on which a managed process writes the stacks of its threads.
 DUMP_SIGNAL: int | None = getattr(signal, "SIGUSR2", None)
 
+#: Turns of the loop after which an accepted connection has its transport and protocol for sure; three on
+#: the default loop: the accept, the task that it starts, and connection_made.
+ACCEPT_TURNS = 8
+
 #: Seconds that an orphaned process may take to finish.
 ORPHAN_GRACE = 0.6
 
@@ -235,6 +239,21 @@ class Worker:
         """Have *hook* called, in the loop, as soon as the worker is told to stop, before its ``yield`` returns."""
         self._drain_hooks.append(hook)
         return hook
+
+    async def stop_accepting(self) -> None:
+        """Accept no more connections on :attr:`sockets`; those that were accepted become the server's.
+
+        Done by itself when the worker is told to stop, before its ``yield`` returns: closing an asyncio
+        server drops connections that it has accepted but not yet made a transport for.
+        """
+        if self.loop is None:
+            return
+        for sock in self.sockets:
+            if sock.fileno() >= 0 and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                with contextlib.suppress(RuntimeError, NotImplementedError):
+                    self.loop.remove_reader(sock.fileno())
+        for _ in range(ACCEPT_TURNS):
+            await asyncio.sleep(0)
 
     def request_done(self, n: int = 1) -> None:
         """Count *n* finished requests, for ``max_requests`` and the status."""
@@ -448,6 +467,7 @@ async def _live_context(worker: Worker, target: Any, is_process: bool) -> None:
             assert worker._stopped is not None
             result = await worker._stopped
             worker.channel.send("stopping", signal=int(result))
+            await worker.stop_accepting()
             for hook in worker._drain_hooks:
                 result_of_hook = _call_hook(hook)
                 if inspect.isawaitable(result_of_hook):
