@@ -121,6 +121,7 @@ class Child:
         self.stacks = bytearray()
         self._dump: Any = None
         self._timers: list[asyncio.TimerHandle] = []
+        self._watch: asyncio.Task[None] | None = None
         self._settled = asyncio.Event()  # READY or GONE
         self._gone = asyncio.Event()
 
@@ -488,6 +489,12 @@ class Supervisor:
         if tasks:
             await asyncio.wait(tasks)
         if self.children:
+            # Whoever cancels all tasks of the loop cancels the watches, too.
+            await asyncio.sleep(0)
+            assert self.loop is not None
+            for child in self.children:
+                if child._watch is not None and child._watch.done():
+                    child._watch = self.loop.create_task(self._watch_exit(child))
             signum = int(default_stop_signal(self.stop_signals))
             for child in list(self.children):
                 self._tell_stop(child, signum, "the server leaves by an exception")
@@ -507,13 +514,14 @@ class Supervisor:
     def _tell_stop(self, child: Child, signum: int, reason: str) -> None:
         if child.reason is None:
             child.reason = reason
-        if not child.alive:
+        if child.state is State.GONE:
             return
         if child.state is not State.STARTING:
             self._set_state(child, State.DRAINING)
         child.send("stop", signal=int(signum), reason=reason)
-        with contextlib.suppress(OSError):
-            child.handle.send_signal(signum)
+        if child.handle is not None:
+            with contextlib.suppress(OSError):
+                child.handle.send_signal(signum)
 
     def _arm_budgets(self, child: Child) -> None:
         """Drain, then cancel, then kill."""
@@ -624,6 +632,9 @@ class Supervisor:
                 slot.successor = child
             else:
                 slot.current = child
+            # From here on it hears what all are told: messages wait in the channel until it listens.
+            self.children.append(child)
+            child.channel.attach(self.loop, lambda message: self._on_message(child, message))
             self._child_event(child, "starting")
             if child.kind == "process":
                 child.handle = await start_process(spec, self.mp_context)
@@ -640,11 +651,17 @@ class Supervisor:
                 slot.successor = None
             if slot.current is child:
                 slot.current = None
+            if child.channel is not None:
+                child.channel.close()
             ours.close()
             if dump_r is not None:
                 dump_r.close()
+            if child in self.children:
+                self.children.remove(child)
+            child.exitcode = 1
             child.state = State.GONE
             child._settled.set()
+            child._gone.set()
             raise
         finally:
             if theirs is not None:
@@ -653,16 +670,13 @@ class Supervisor:
                 dump_w.close()
         child.record.pid = child.handle.pid
         self.report.workers.append(child.record)
-        self.children.append(child)
         if dump_r is not None:
             os.set_blocking(dump_r.fileno(), False)
             self.loop.add_reader(dump_r.fileno(), self._read_dump, child)
-        child.channel.attach(self.loop, lambda message: self._on_message(child, message))
         if self.options.start_timeout is not None:
             child._timers.append(self.loop.call_later(self.options.start_timeout, self._start_timeout, child))
         # Not among self._tasks: it must see the end also while the server stops.
-        watch = self.loop.create_task(self._watch_exit(child))
-        child._watch = watch  # type: ignore[attr-defined]
+        child._watch = self.loop.create_task(self._watch_exit(child))
         if self.stop_signal is not None:
             # The stop came while it was being started.
             self._tell_stop(child, self._signal_for_children(), "stopped")
