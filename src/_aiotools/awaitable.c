@@ -571,6 +571,7 @@ static PyType_Slot Done_slots[] = {
     {Py_tp_doc, "An awaitable that is already done."},
     {Py_am_await, aiot_awaitable_await},
     {Py_am_send, Done_send},
+    {Py_tp_iter, PyObject_SelfIter},
     {Py_tp_iternext, Done_iternext},
     {Py_tp_methods, Done_methods},
     {Py_tp_getset, aiot_awaitable_getset},

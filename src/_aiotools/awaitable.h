@@ -60,6 +60,7 @@ extern PyGetSetDef aiot_awaitable_getset[];
 #define AIOT_AWAITABLE_SLOTS                            \
     {Py_am_await, aiot_awaitable_await},                \
     {Py_am_send, aiot_awaitable_send},                  \
+    {Py_tp_iter, PyObject_SelfIter},                    \
     {Py_tp_iternext, aiot_awaitable_iternext},          \
     {Py_tp_methods, aiot_awaitable_methods},            \
     {Py_tp_getset, aiot_awaitable_getset},              \
