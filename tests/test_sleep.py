@@ -285,11 +285,9 @@ class TestWithAsyncio:
 
         async def work():
             await aiotools.checkpoint()
-            await aiotools.sleep(0.001)
-            return asyncio.current_task()
+            return await aiotools.sleep(0.001, "result")
 
-        task = asyncio.tasks._PyTask(work(), loop=loop)
-        assert await task is task
+        assert await asyncio.tasks._PyTask(work(), loop=loop) == "result"
 
     async def test_from_inside_a_generator_based_coroutine(self):
         import types
