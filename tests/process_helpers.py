@@ -59,7 +59,6 @@ HANDLED = [
         "SIGTTOU",
         "SIGCHLD",
         "SIGIO",
-        "SIGALRM",
         "SIGPIPE",
     ]
 ]

@@ -124,3 +124,19 @@ class Recorder(ServerPlugin):
 
     def close(self, sup):
         self.play.events.append("close")
+
+
+def kill(signum):
+    os.kill(os.getpid(), signum)
+
+
+def script(play, *steps):
+    """React to messages: each step is (predicate on the messages so far, action), in this order."""
+    left = list(steps)
+
+    def react(message):
+        while left and left[0][0]():
+            left.pop(0)[1]()
+
+    play.react = react
+    return left

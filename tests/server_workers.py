@@ -346,3 +346,82 @@ async def fd_echo(loop, index, args):
     send("enter", index, me.generation, me.kind, me.sockets[0].getsockname())
     yield
     server.close()
+
+
+# Faults
+
+
+@server_context
+async def hangs(loop, index, args):
+    """(wire, where, go): its loop stands, at first in generation 1 of index 0 only, until *go* is readable."""
+    wire, where, go = args
+    me = current_worker()
+    wire.send(("enter", index, me.generation, os.getpid()))
+    if where == "start" and first_time(me):
+        stand_still(go)
+    if where == "loop" and first_time(me):
+        loop.call_later(0.05, stand_still, go)
+    yield
+    wire.send(("leave", index, me.generation))
+    if where == "stop" and first_time(me):
+        stand_still(go)
+
+
+def first_time(me):
+    return me.index == 0 and me.generation == 1 and me.serial == 1
+
+
+def stand_still(go):
+    while not go.poll(0.01):
+        pass
+
+
+@server_context
+async def ignores_signals(loop, index, args):
+    wire = args[0]
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(signum)
+        signal.signal(signum, signal.SIG_IGN)
+    # And deaf to the parent's messages, too.
+    loop.remove_reader(current_worker().channel.fileno())
+    wire.send(("enter", index, os.getpid()))
+    yield
+
+
+@server_context
+async def body_fails(loop, index, args):
+    """What runs beside the wait fails."""
+    wire, which = args
+    async with asyncio.TaskGroup() as group:
+        if index == which:
+            group.create_task(fail_soon())
+        wire.send(("enter", index))
+        yield
+        wire.send(("leave", index))
+
+
+async def fail_soon():
+    await asyncio.sleep(0.01)
+    raise ValueError("in the body")
+
+
+@server_context
+async def eats_memory(loop, index, args):
+    import resource
+
+    wire = args[0]
+    me = current_worker()
+    wire.send(("enter", index, me.serial))
+    if me.serial == 1:
+        with open("/proc/self/statm") as f:  # noqa: ASYNC230
+            used = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
+        eaten = []
+        while True:
+            eaten.append(bytearray(2**22))
+    yield
+
+
+def extra_with_pid(loop, index, args):
+    args[0].send(("extra", index, os.getpid()))
+    nap()

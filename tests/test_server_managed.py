@@ -15,7 +15,7 @@ import threading
 import pytest
 import server_workers as workers
 from process_helpers import PATIENCE, START_METHODS, nothing_left_fixture  # noqa: F401
-from server_play import Play
+from server_play import Play, kill, script
 
 from aiotools.server import ServerFailed, control, main_context, start_server
 
@@ -36,22 +36,6 @@ def quick(nothing_left):
     play = Play(FAST, "default")
     with play.wire:
         yield play
-
-
-def kill(signum):
-    os.kill(os.getpid(), signum)
-
-
-def script(play, *steps):
-    """React to messages: each step is (predicate on the messages so far, action), in this order."""
-    left = list(steps)
-
-    def react(message):
-        while left and left[0][0]():
-            left.pop(0)[1]()
-
-    play.react = react
-    return left
 
 
 class TestRollingRestart:

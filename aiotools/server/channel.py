@@ -47,6 +47,9 @@ class Channel:
         if self._outgoing:
             loop.add_writer(self._sock.fileno(), self._flush)
 
+    def fileno(self) -> int:
+        return self._sock.fileno()
+
     def detach(self) -> None:
         """Leave the loop; messages can still be sent."""
         loop, self._loop = self._loop, None

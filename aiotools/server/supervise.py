@@ -177,6 +177,7 @@ class Slot:
         self.current: Child | None = None
         self.successor: Child | None = None
         self.wanted = True
+        self.serial = 0  # of the last child
         self.failures = 0  # in a row
         self.restart: asyncio.Task[Any] | None = None
         self.replacing = asyncio.Lock()
@@ -594,6 +595,7 @@ class Supervisor:
         """Start a child in *slot*; it is up, but not ready, on return."""
         assert self.loop is not None
         child = Child(self, slot, generation)
+        slot.serial += 1
         ours, theirs = socket.socketpair()
         keep_from_children(ours)
         dump_r = dump_w = None
@@ -623,6 +625,7 @@ class Supervisor:
                 managed=self.managed,
                 sockets=sockets,
                 dump=dump_w,
+                serial=slot.serial,
                 max_requests=self._jittered_int(self.options.max_requests),
                 plugins=plugins,
             )

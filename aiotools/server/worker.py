@@ -111,6 +111,7 @@ class WorkerSpec:
     sockets: Sequence[socket.socket] = ()
     dump: Any = None  # write end of the pipe for stacks
     max_requests: int | None = None
+    serial: int = 1
     plugins: Sequence[WorkerPlugin] = ()
 
 
@@ -179,6 +180,7 @@ class Worker:
 
     :ivar index: its index, as in :data:`process_index`.
     :ivar generation: how many rolling restarts of the server came before it, counted from 1.
+    :ivar serial: how many children of this index came before it, counted from 1.
     :ivar kind: ``"process"``, ``"thread"`` or ``"interpreter"``.
     :ivar role: ``"worker"`` or ``"extra"``.
     :ivar pid: its process id.
@@ -191,6 +193,7 @@ class Worker:
         self._spec = spec
         self.index = spec.index
         self.generation = spec.generation
+        self.serial = spec.serial
         self.kind = spec.kind
         self.role = spec.role
         self.pid = os.getpid()
