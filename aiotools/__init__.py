@@ -1,6 +1,7 @@
 """Idiomatic helpers for asyncio, with a core written in C."""
 
 from ._aiotools import checkpoint, sleep, sleep_until
+from ._clock import VirtualClock
 from ._version import __version__
 from .compat import all_tasks, current_task, get_running_loop, set_task_name
 from .context import (
@@ -74,6 +75,8 @@ __all__ = (
     "sleep_until",
     # thread
     "LoopThread",
+    # timer
+    "VirtualClock",
     # types
     "AsyncClosable",
     "AwaitableLike",

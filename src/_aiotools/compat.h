@@ -160,6 +160,12 @@ PyObject_GetOptionalAttr(PyObject *obj, PyObject *name, PyObject **result)
 }
 
 static inline int
+PyUnicode_EqualToUTF8(PyObject *unicode, const char *str)
+{
+    return PyUnicode_CompareWithASCIIString(unicode, str) == 0;
+}
+
+static inline int
 PyDict_GetItemRef(PyObject *dict, PyObject *key, PyObject **result)
 {
     *result = Py_XNewRef(PyDict_GetItemWithError(dict, key));

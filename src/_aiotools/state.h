@@ -86,6 +86,9 @@
     V(ResettingStepType) \
     V(ClosingType) \
     V(ClosingExitType) \
+    V(ClockDriverType) \
+    V(ClockHandleType) \
+    V(ClockType) \
     V(DoneType) \
     V(LoopStateType) \
     V(SleepType) \
@@ -98,7 +101,8 @@
     V(kw_context)         /* ("context",), for vectorcalls */ \
     V(no_loop)            /* stands in for a loop where a finished future needs one */ \
     V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */ \
-    V(stop_false)         /* a StopIteration(False) that is used again and again (awaitable.c), or NULL */
+    V(stop_false)         /* a StopIteration(False) that is used again and again (awaitable.c), or NULL */ \
+    V(zero)               /* the integer */
 
 /* Objects that live for one await are kept for reuse (freelist.h): the field is free_NAME. */
 #define AIOT_FREE_LISTS(V) \
