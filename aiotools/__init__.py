@@ -29,6 +29,7 @@ from .server import (
 )
 from .thread import LoopThread
 from .types import AsyncClosable, AwaitableLike, CoroutineLike
+from .watchdog import LoopStats, LoopWatchdog
 
 __all__ = (
     "__version__",
@@ -81,4 +82,7 @@ __all__ = (
     "AsyncClosable",
     "AwaitableLike",
     "CoroutineLike",
+    # watchdog
+    "LoopStats",
+    "LoopWatchdog",
 )

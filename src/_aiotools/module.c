@@ -6,9 +6,11 @@
 #include "ctxmgr.h"
 #include "freelist.h"
 #include "loopstate.h"
+#include "page.h"
 #include "resetting.h"
 #include "sleep.h"
 #include "waiter.h"
+#include "watchdog.h"
 
 #include <string.h>
 
@@ -102,7 +104,9 @@ module_exec(PyObject *module)
         || aiot_sleep_add_types(module) < 0
         || aiot_ctxmgr_add_types(module) < 0
         || aiot_resetting_add_types(module) < 0
-        || aiot_closing_add_types(module) < 0)
+        || aiot_closing_add_types(module) < 0
+        || aiot_page_add_functions(module) < 0
+        || aiot_watchdog_add_types(module) < 0)
     {
         return -1;
     }

@@ -93,7 +93,8 @@
     V(LoopStateType) \
     V(SleepType) \
     V(StopIterationType) \
-    V(WaiterType)
+    V(WaiterType) \
+    V(WatchdogType)
 
 /* Other objects made at start-up. */
 #define AIOT_OBJECTS(V) \
