@@ -59,7 +59,10 @@ async def starting_a_watchdog(fail):
     try:
         with fail:
             core = _aiotools._Watchdog(print, 1, 1, 0, -1, 0, None)
-            core.start()
+            try:
+                core.start()
+            except RuntimeError as exc:  # as threading says it when there is no memory for a thread
+                raise MemoryError from exc
             core.beat()
             core.read()
             _aiotools._record_write(record, b"contents")
