@@ -97,6 +97,11 @@ bench: build ## the benchmarks, side by side with asyncio and its rivals
 	@tools/venv $(PYTHON) $(VENV) bench
 	$(PY) -m benchmarks $(ARGS)
 
+.PHONY: load
+load: build ## servers restarted, killed, hung and stopped under load, side by side with the peers
+	@tools/venv $(PYTHON) $(VENV) load
+	$(PY) -m benchmarks.server $(ARGS)
+
 .PHONY: dist
 dist: ## sdist and wheel in dist/, checked; the wheel passes the sdist's suite in a clean environment
 	tools/dist $(PYTHON)

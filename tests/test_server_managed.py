@@ -476,6 +476,14 @@ class TestThreads:
         quick.start(workers.stuck_in_drain, False, worker_kind="thread", drain_timeout=0.1)
         assert quick.of("cancelled") == [(0,)]
 
+    def test_on_a_free_threaded_build_it_says_when_the_gil_came_back(self, quick, monkeypatch, caplog):
+        monkeypatch.setattr("aiotools.server.supervise.gil_came_back", lambda: True)
+        script(quick, (lambda: quick.count("enter") == 2, lambda: kill(signal.SIGHUP)),
+               (lambda: quick.count("leave") == 2, lambda: kill(signal.SIGTERM)))  # fmt: skip
+        quick.start(workers.managed, num_workers=2, worker_kind="thread")
+        assert caplog.text.count("the GIL is enabled") == 1
+        assert "aiotools._aiotools" in caplog.text
+
     def test_an_extra_stays_a_process(self, quick):
         script(quick, (lambda: quick.count("extra") == 1, lambda: kill(signal.SIGTERM)))
         quick.ctx = multiprocessing.get_context("spawn")

@@ -52,11 +52,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import importlib.machinery
 import logging
 import os
 import random
 import signal
 import socket
+import sys
+import sysconfig
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
@@ -249,6 +252,7 @@ class Supervisor:
         self._roll_task: asyncio.Task[Any] | None = None
         self._roll_again = False
         self._thread_targets: dict[int, Any] = {}
+        self._gil_warned = False
         self._started = False  # all initial children have been
         self._up = False
         self._expected = num_workers + len(self.extras)
@@ -745,6 +749,7 @@ class Supervisor:
                 if child.reason is None:
                     self._set_state(child, State.READY)
                     self._arm_age(child)
+                    self._check_gil(child)
                     self._check_up()
                 else:
                     self._set_state(child, State.DRAINING)
@@ -763,6 +768,16 @@ class Supervisor:
         else:
             for plugin in self.plugins:
                 self._hook(plugin.on_message, child, message)
+
+    def _check_gil(self, child: Child) -> None:
+        """On a free-threaded build, say once that thread workers do not run in parallel after all."""
+        if child.kind != "thread" or self._gil_warned or not gil_came_back():
+            return
+        self._gil_warned = True
+        log.warning(
+            "the GIL is enabled, so thread workers do not run in parallel; one of these extension modules needs it: %s",
+            ", ".join(foreign_extensions()) or "(unknown)",
+        )
 
     def _replacing(self, child: Child) -> bool:
         return child.slot.successor is child or child.slot.current is not child
@@ -1135,6 +1150,22 @@ class Supervisor:
     def _event(self, event: str, **facts: Any) -> None:
         for plugin in self.plugins:
             self._hook(plugin.server_event, event, **facts)
+
+
+def gil_came_back() -> bool:
+    """Whether this is a free-threaded build whose GIL is enabled."""
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED")) and sys._is_gil_enabled()  # type: ignore[attr-defined]
+
+
+def foreign_extensions() -> list[str]:
+    """Names of the loaded extension modules that do not belong to the standard library."""
+    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    return sorted(
+        name
+        for name, module in list(sys.modules.items())
+        if (getattr(module, "__file__", None) or "").endswith(suffixes)
+        and name.partition(".")[0] not in sys.stdlib_module_names
+    )
 
 
 def resident_memory(pid: int) -> int | None:
