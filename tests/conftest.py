@@ -29,6 +29,9 @@ import pytest
 LOOP_KINDS = ("default", "uvloop", "eager", "debug")
 HAVE_UVLOOP = importlib.util.find_spec("uvloop") is not None
 
+# Files of tests that start processes, by how their names begin.
+PROCESS_TESTS = ("test_fork", "test_server", "test_cli", "test_examples", "test_process_")
+
 # How long a thread may need to end after its loop is closed. Nothing waits this long unless the test fails.
 THREAD_GRACE = 5.0
 # Survivors of this many tests are moved out of the collector's sight, so that collecting after each test stays cheap.
@@ -199,6 +202,11 @@ def pytest_addoption(parser):
         default=TESTS_PER_COLLECTION,
         help="the garbage collector runs after so many tests (default here: %(default)s)",
     )
+    parser.addoption(
+        "--no-processes",
+        action="store_true",
+        help="leave out the tests that start processes: servers, forks, commands (most of the suite's time)",
+    )
 
 
 def pytest_configure(config):
@@ -215,6 +223,12 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--loops: not here: {', '.join(missing)} (there are: {', '.join(kinds)})")
         kinds = [name for name in kinds if name in asked]
     config.loop_kinds = kinds
+
+
+def pytest_ignore_collect(collection_path, config):
+    if config.getoption("--no-processes") and collection_path.name.startswith(PROCESS_TESTS):
+        return True
+    return None
 
 
 def pytest_report_header(config):
