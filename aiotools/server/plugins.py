@@ -85,7 +85,7 @@ class ServerPlugin:
         """About once per second, in the loop."""
 
     async def finish(self) -> None:
-        pass
+        """When all children are gone, with the loop still running: the last chance to await."""
 
     def close(self, sup: Supervisor) -> None:
         """After all children are gone; always called if open() was."""
