@@ -385,6 +385,29 @@ class TestTimerQueue:
         short.cancel()
         assert await long == "long"
 
+    async def test_a_wake_up_that_fails_in_a_tick_is_reported_and_tried_again(self, monkeypatch, loop_errors):
+        loop = asyncio.get_running_loop()
+        call_soon = loop.call_soon
+        failures = 3
+
+        def broken(*args, **kwargs):
+            nonlocal failures
+            if failures:
+                failures -= 1
+                raise MemoryError("for the test")
+            return call_soon(*args, **kwargs)
+
+        task = loop.create_task(aiotools.sleep(0.001, "result"))
+        await asyncio.sleep(0)
+        monkeypatch.setattr(loop, "call_soon", broken)
+        done = loop.create_future()
+        loop.call_later(0.5, done.cancel)
+        task.add_done_callback(lambda task: done.done() or done.set_result(None))
+        # Nothing here may depend on call_soon while it is broken; the loop turns for its timers.
+        await done
+        assert task.result() == "result" and failures == 0
+        assert [type(context["exception"]) for context in loop_errors.take()] == [MemoryError] * 3
+
     async def test_the_clock_failing_is_an_error_of_the_call(self, monkeypatch):
         loop = asyncio.get_running_loop()
 

@@ -99,12 +99,23 @@ aiot_loop_call_soon(AiotLoop *self, PyObject *callback, PyObject *arg, PyObject 
     return handle == NULL ? -1 : 0;
 }
 
+void
+aiot_write_unraisable(PyObject *where)
+{
+    if (PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
+        PyErr_Clear();
+        PyErr_SetInterrupt();
+        return;
+    }
+    PyErr_WriteUnraisable(where);
+}
+
 static void
 handle_cancel(AiotLoop *self, PyObject *handle)
 {
     PyObject *result = PyObject_CallMethodNoArgs(handle, self->state->str_cancel);
     if (result == NULL) {
-        PyErr_WriteUnraisable(handle);
+        aiot_write_unraisable(handle);
     }
     Py_XDECREF(result);
     Py_DECREF(handle);
@@ -595,6 +606,44 @@ loop_from_any_thread(AiotLoop *self)
     return loop;
 }
 
+/* Has the loop run the posts. 0, or -1, with no exception set, when it is gone, closed or out of memory. */
+static int
+schedule_posts(AiotLoop *self)
+{
+    PyObject *loop = loop_from_any_thread(self);
+    if (loop == NULL) {
+        return -1;
+    }
+    PyObject *callback = PyCFunction_New(&posts_def, (PyObject *)self);
+    PyObject *handle = NULL;
+    /* Twice, as Ctrl-C may strike inside the call; to be run once too often does no harm. */
+    for (int i = 0; i < 2 && handle == NULL; i++) {
+        if (callback != NULL) {
+            handle = loop_schedule(self, self->state->str_call_soon_threadsafe, callback, NULL, NULL);
+        }
+        if (handle != NULL) {
+            break;
+        }
+        bool interrupted = PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
+        if (PyErr_ExceptionMatches(PyExc_RuntimeError)) {
+            PyErr_Clear();
+        }
+        else {
+            aiot_write_unraisable((PyObject *)self);
+        }
+        if (!interrupted) {
+            break;
+        }
+    }
+    Py_XDECREF(callback);
+    Py_DECREF(loop);
+    if (handle == NULL) {
+        return -1;
+    }
+    Py_DECREF(handle);
+    return 0;
+}
+
 void
 aiot_loop_post(AiotLoop *self, aiot_post *post)
 {
@@ -613,21 +662,9 @@ aiot_loop_post(AiotLoop *self, aiot_post *post)
     self->posts_armed = true;
     aiot_mutex_unlock(&self->posts_lock);
 
-    if (arm) {
-        PyObject *loop = loop_from_any_thread(self);
-        PyObject *callback = loop == NULL ? NULL : PyCFunction_New(&posts_def, (PyObject *)self);
-        PyObject *handle = NULL;
-        if (callback != NULL) {
-            handle = loop_schedule(self, self->state->str_call_soon_threadsafe, callback, NULL, NULL);
-        }
-        if (handle == NULL) {
-            /* The loop is closed. What others added meanwhile can't be delivered either. */
-            PyErr_Clear();
-            run_posts(self, detach_posts(self), false);
-        }
-        Py_XDECREF(handle);
-        Py_XDECREF(callback);
-        Py_XDECREF(loop);
+    if (arm && schedule_posts(self) < 0) {
+        /* What others added meanwhile can't be delivered either. */
+        run_posts(self, detach_posts(self), false);
     }
     if (pending != NULL) {
         PyErr_SetRaisedException(pending);

@@ -139,6 +139,9 @@ int aiot_loop_call_soon(AiotLoop *loop, PyObject *callback, PyObject *arg, PyObj
  * Leaves no exception set, unless it was SystemExit or KeyboardInterrupt: those stay set, and -1 is returned. */
 int aiot_loop_report(AiotLoop *loop, const char *message, PyObject *key, PyObject *value);
 
+/* PyErr_WriteUnraisable, but for KeyboardInterrupt: that is raised again at the next opportunity, not lost. */
+void aiot_write_unraisable(PyObject *where);
+
 int aiot_loopstate_add_types(PyObject *module);
 
 #endif /* AIOT_LOOPSTATE_H */

@@ -23,9 +23,19 @@ typedef struct {
 } SleepObject;
 
 static int
-Sleep_fire(AiotLoop *Py_UNUSED(loop), PyObject *owner)
+Sleep_fire(AiotLoop *loop, PyObject *owner)
 {
-    return aiot_waiter_wake(((SleepObject *)owner)->waiter);
+    SleepObject *self = (SleepObject *)owner;
+    if (aiot_waiter_wake(self->waiter) == 0) {
+        return 0;
+    }
+    /* No memory, most likely. The error is reported; the sleeper is tried again, not forgotten. */
+    PyObject *exc = PyErr_GetRaisedException();
+    if (aiot_alarm_set(loop, &self->alarm, self->alarm.node.when) < 0) {
+        aiot_write_unraisable(owner);
+    }
+    PyErr_SetRaisedException(exc);
+    return -1;
 }
 
 /* Goes to the end of what is ready. */
