@@ -3,6 +3,7 @@
 from ._aiotools import checkpoint, sleep, sleep_until
 from ._clock import VirtualClock
 from ._version import __version__
+from .cancel import CancelRequest, UnfinishedTasksError, cancel_and_wait, cancel_requests, trace_cancellation
 from .compat import all_tasks, current_task, get_running_loop, set_task_name
 from .context import (
     AsyncContextManager,
@@ -27,12 +28,29 @@ from .server import (
     server_context,
     start_server,
 )
+from .supervisor import Retry, Statistics, Supervisor
+from .taskcontext import ErrorArg, ErrorCallback, TaskContext
+from .taskgroup import (
+    MultiError,
+    PersistentTaskGroup,
+    TaskGroup,
+    TaskGroupError,
+    current_ptaskgroup,
+    current_taskgroup,
+)
+from .taskscope import ShieldScope, TaskScope, move_on_after
 from .thread import LoopThread
 from .types import AsyncClosable, AwaitableLike, CoroutineLike
 from .watchdog import LoopStats, LoopWatchdog
 
 __all__ = (
     "__version__",
+    # cancel
+    "CancelRequest",
+    "UnfinishedTasksError",
+    "cancel_and_wait",
+    "cancel_requests",
+    "trace_cancellation",
     # compat
     "all_tasks",
     "current_task",
@@ -74,6 +92,25 @@ __all__ = (
     "checkpoint",
     "sleep",
     "sleep_until",
+    # supervisor
+    "Retry",
+    "Statistics",
+    "Supervisor",
+    # taskcontext
+    "ErrorArg",
+    "ErrorCallback",
+    "TaskContext",
+    # taskgroup
+    "MultiError",
+    "PersistentTaskGroup",
+    "TaskGroup",
+    "TaskGroupError",
+    "current_ptaskgroup",
+    "current_taskgroup",
+    # taskscope
+    "ShieldScope",
+    "TaskScope",
+    "move_on_after",
     # thread
     "LoopThread",
     # timer

@@ -1,8 +1,13 @@
-from asyncio import AbstractEventLoop
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable, Mapping
+import contextvars
+import enum
+from asyncio import AbstractEventLoop, Task
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from contextvars import ContextVar
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar, final, overload
+
+from ._policies import Gate, Retry
+from .taskcontext import ErrorArg
 
 _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
@@ -118,6 +123,109 @@ class _ClockDriver:
     def advance(self, seconds: float, future: Any, /) -> None: ...
     def hold(self, /) -> None: ...
     def release(self, /) -> None: ...
+# cancel.c
+def cancel_and_wait(
+    tasks: Task[Any] | Collection[Task[Any]], /, msg: str | None = None, *, timeout: float | None = None
+) -> Coroutine[Any, Any, None]: ...
+
+# scope.c
+class _LoopExceptionHandler(enum.Enum):
+    TOKEN = 1
+
+_current_taskgroup: contextvars.ContextVar[Any]
+
+class TaskContext:
+    _aborting: bool
+    _entered: bool
+    _exiting: bool
+    _expired: bool
+    _gate: Gate
+    _tasks: set[Task[Any]]
+    def __init__(
+        self,
+        *,
+        exception_handler: Callable[[ErrorArg], None] | _LoopExceptionHandler | EllipsisType | None = ...,
+        context: contextvars.Context | None = None,
+    ) -> None: ...
+    @overload
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, _T],
+        *,
+        name: str | None = None,
+        context: contextvars.Context | None = None,
+        eager_start: bool | None = None,
+        **kwargs: Any,
+    ) -> Task[_T]: ...
+    @overload
+    def create_task(
+        self,
+        coro: Callable[[], Coroutine[Any, Any, _T]],
+        *,
+        name: str | None = None,
+        context: contextvars.Context | None = None,
+        eager_start: bool | None = None,
+        timeout: float | None = None,
+        retry: Retry | None = None,
+        restart: Retry | None = None,
+        **kwargs: Any,
+    ) -> Task[_T]: ...
+    def aclose(self, *, timeout: float | None = None) -> Coroutine[Any, Any, None]: ...
+
+class TaskScope(TaskContext):
+    def __init__(
+        self,
+        *,
+        shield: bool = False,
+        timeout: float | None = None,
+        exception_handler: Callable[[ErrorArg], None] | _LoopExceptionHandler | EllipsisType | None = ...,
+        context: contextvars.Context | None = None,
+        limit: int | None = None,
+        eager_start: bool = False,
+    ) -> None: ...
+    def start_task(
+        self,
+        coro: Coroutine[Any, Any, _T],
+        *,
+        name: str | None = None,
+        context: contextvars.Context | None = None,
+        **kwargs: Any,
+    ) -> Coroutine[Any, Any, Task[_T]]: ...
+    def abort(self, msg: Any = None) -> None: ...
+    def cancel(self, msg: Any = None) -> None: ...
+    def __aenter__(self) -> Coroutine[Any, Any, Self]: ...
+    def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None, /
+    ) -> Coroutine[Any, Any, bool]: ...
+
+class ShieldScope(TaskScope):
+    def __init__(self, timeout: float | None = None) -> None: ...
+    def __enter__(self) -> None: ...
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None, /
+    ) -> bool: ...
+
+class _TaskGroupCore:
+    _aborting: bool
+    _entered: bool
+    _exiting: bool
+    _expired: bool
+    _gate: Gate
+    _tasks: set[Task[Any]]
+    def create_task(
+        self,
+        coro: Coroutine[Any, Any, _T],
+        *,
+        name: str | None = None,
+        context: contextvars.Context | None = None,
+        **kwargs: Any,
+    ) -> Task[_T]: ...
+    def cancel(self, msg: Any = None) -> None: ...
+    def _abort(self, msg: Any = None) -> None: ...
+    def __aenter__(self) -> Coroutine[Any, Any, Self]: ...
+    def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None, /
+    ) -> Coroutine[Any, Any, bool]: ...
 
 # module.c
 def _loop_counts(loop: AbstractEventLoop, /) -> tuple[int, int]: ...

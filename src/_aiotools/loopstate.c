@@ -935,6 +935,7 @@ LoopState_dealloc(PyObject *op)
     }
     LoopState_clear(op);
     aiot_heap_fini(&self->alarms);
+    aiot_ptrmap_fini(&self->frames, PyMem_RawFree);
     PyObject *module = self->module;
     type->tp_free(op);
     Py_DECREF(type);

@@ -14,6 +14,7 @@
 
 #include "heap.h"
 #include "link.h"
+#include "ptrmap.h"
 
 typedef struct AiotLoop AiotLoop;
 typedef struct AiotWaiter AiotWaiter;
@@ -89,6 +90,8 @@ struct AiotLoop {
     double clock_shift;             /* the sum of all aiot_loop_shift() */
     PyObject *tick_handle;          /* or NULL */
     aiot_heap alarms;
+    /* scopes (shield.h): task -> its innermost open frame, nothing owned */
+    aiot_ptrmap frames;
     /* posts */
     aiot_mutex posts_lock;
     aiot_post *posts_first, *posts_last;

@@ -1,6 +1,8 @@
 /* module.c: start-up of aiotools._aiotools, and nothing else. Multi-phase, one state per interpreter. */
 
 #include "awaitable.h"
+#include "cancel.h"
+#include "children.h"
 #include "clock.h"
 #include "closing.h"
 #include "ctxmgr.h"
@@ -8,6 +10,8 @@
 #include "loopstate.h"
 #include "page.h"
 #include "resetting.h"
+#include "scope.h"
+#include "shield.h"
 #include "sleep.h"
 #include "waiter.h"
 #include "watchdog.h"
@@ -106,7 +110,11 @@ module_exec(PyObject *module)
         || aiot_resetting_add_types(module) < 0
         || aiot_closing_add_types(module) < 0
         || aiot_page_add_functions(module) < 0
-        || aiot_watchdog_add_types(module) < 0)
+        || aiot_watchdog_add_types(module) < 0
+        || aiot_shield_add_types(module) < 0
+        || aiot_children_add_types(module) < 0
+        || aiot_cancel_add_types(module) < 0
+        || aiot_scope_add_types(module) < 0)
     {
         return -1;
     }

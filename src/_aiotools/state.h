@@ -16,6 +16,7 @@
     V(__module__) \
     V(_aiotools_loopstate) \
     V(_asyncio_future_blocking) \
+    V(_must_cancel) \
     V(add_done_callback) \
     V(call_at) \
     V(call_exception_handler) \
@@ -23,22 +24,31 @@
     V(call_soon_threadsafe) \
     V(callback) \
     V(cancel) \
+    V(cancelled) \
     V(cancelling) \
     V(close) \
     V(context) \
+    V(coro) \
     V(create_task) \
+    V(done) \
+    V(eager_start) \
     V(exception) \
+    V(exception_handler) \
     V(get_debug) \
     V(get_loop) \
+    V(get_task_factory) \
     V(is_closed) \
     V(loop) \
     V(message) \
     V(monotonic) \
     V(msg) \
+    V(name) \
     V(send) \
     V(set_result) \
     V(task) \
+    V(tasks) \
     V(time) \
+    V(timeout) \
     V(uncancel) \
     /* context managers */ \
     V(__doc__) \
@@ -57,6 +67,9 @@
     V(ctxvar) \
     V(value) \
     V(thing) \
+    /* arguments of scopes */ \
+    V(limit) \
+    V(shield) \
     /* arguments of sleep */ \
     V(delay) \
     V(result) \
@@ -65,9 +78,13 @@
 /* Imported objects: field, module, attribute. */
 #define AIOT_IMPORTS(V) \
     V(CancelledError, "asyncio", "CancelledError") \
+    V(Collection, "collections.abc", "Collection") \
     V(InvalidStateError, "asyncio", "InvalidStateError") \
     V(asyncio_Future, "asyncio", "Future") \
     V(asyncio_Task, "asyncio", "Task") \
+    V(asyncio_taskgroups_dict, "asyncio.taskgroups", "__dict__") \
+    V(asyncio_timeouts_dict, "asyncio.timeouts", "__dict__") \
+    V(base_loop_create_task, "asyncio.base_events", "BaseEventLoop.create_task") \
     V(base_loop_time, "asyncio.base_events", "BaseEventLoop.time") \
     V(copy_context, "contextvars", "copy_context") \
     V(current_task, "asyncio", "current_task") \
@@ -89,17 +106,35 @@
     V(ClockDriverType) \
     V(ClockHandleType) \
     V(ClockType) \
+    V(CancelWaitType) \
+    V(CancellerType) \
+    V(ChildType) \
     V(DoneType) \
+    V(IndexedChildType) \
     V(LoopStateType) \
+    V(PatchType) \
+    V(ScopeEnterType) \
+    V(ScopeExitType) \
+    V(ShieldScopeType) \
+    V(ShieldType) \
     V(SleepType) \
     V(StopIterationType) \
     V(WaiterType) \
     V(WatchdogType)
+    V(TaskContextType) \
+    V(TaskGroupCoreType) \
+    V(TaskScopeType) \
+    V(WaiterType)
 
 /* Other objects made at start-up. */
 #define AIOT_OBJECTS(V) \
+    V(add_to_awaited_by)  /* asyncio.future_add_to_awaited_by, or NULL before 3.14 */ \
+    V(current_taskgroup)  /* the context variable */ \
+    V(discard_from_awaited_by) \
     V(done_none)          /* the shared awaitable whose result is None */ \
     V(kw_context)         /* ("context",), for vectorcalls */ \
+    V(kw_name)            /* ("name",) */ \
+    V(loop_token)         /* LoopExceptionHandler.TOKEN */ \
     V(no_loop)            /* stands in for a loop where a finished future needs one */ \
     V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */ \
     V(stop_false)         /* a StopIteration(False) that is used again and again (awaitable.c), or NULL */ \
@@ -131,6 +166,7 @@ typedef struct {
     PyObject *found;
     uint64_t epoch;
 } aiot_loop_cache;
+    V(shield_var)         /* the context variable that says which shield one is inside */
 
 typedef struct {
 #define V(name) PyObject *str_##name;

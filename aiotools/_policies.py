@@ -1,0 +1,274 @@
+"""How children are started and what happens when they fail: limits, time limits, retries, restarts.
+
+Nothing here runs for a child that asks for none of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+__all__ = ("Gate", "Retry", "Statistics", "child", "start_task")
+
+
+class Statistics(NamedTuple):
+    """What became of a supervisor's children."""
+
+    #: children that are running or waiting to be run again
+    active: int
+    #: children that have ended, however
+    done: int
+    #: those of them that ended with an exception
+    failed: int
+    #: attempts beyond the first of all children
+    restarted: int
+
+
+@dataclass(frozen=True)
+class Retry:
+    """When to run a failing child again, and when to give up.
+
+    Parameters:
+        attempts: how many attempts in all; ``None`` is no limit.
+        delay: seconds before the second attempt.
+        factor: each further delay is so many times the one before.
+        max_delay: seconds that no delay exceeds.
+        jitter: the part of each delay that is left to chance, from 0 to 1.
+        within: seconds; an attempt that ran longer counts as a first one again,
+            so *attempts* limits the failures in a row. ``None`` never forgets.
+        on: the exceptions that are failures; others end the child at once.
+    """
+
+    attempts: int | None = None
+    delay: float = 0.1
+    factor: float = 2.0
+    max_delay: float = 30.0
+    jitter: float = 0.1
+    within: float | None = None
+    on: type[Exception] | tuple[type[Exception], ...] = Exception
+
+    def __post_init__(self) -> None:
+        if self.attempts is not None and self.attempts < 1:
+            raise ValueError(f"attempts must be at least 1 or None, not {self.attempts!r}")
+        if not self.delay >= 0 or not self.max_delay >= 0 or not self.factor > 0:
+            raise ValueError("delay and max_delay must not be negative, and factor must be positive")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter must be between 0 and 1, not {self.jitter!r}")
+
+    def pause(self, failures: int) -> float:
+        """Seconds to wait after so many failures in a row."""
+        try:
+            pause = min(self.delay * self.factor ** (failures - 1), self.max_delay)
+        except OverflowError:
+            pause = self.max_delay
+        return pause * (1 - self.jitter * random.random())
+
+
+def child(
+    scope: Any,
+    factory: Callable[[], Coroutine[Any, Any, Any]],
+    /,
+    *,
+    timeout: float | None = None,
+    retry: Retry | None = None,
+    restart: Retry | None = None,
+) -> Coroutine[Any, Any, Any]:
+    """The coroutine of a child with policies: one task for all attempts.
+
+    *retry* runs it until it succeeds, *restart* also after it succeeded; both give up
+    with the last failure.
+    """
+    if asyncio.iscoroutine(factory):
+        factory.close()
+        raise TypeError(
+            "with timeout=, retry= or restart= create_task() takes a callable that returns a new coroutine for each attempt"
+        )
+    if not callable(factory):
+        raise TypeError(f"a callable that returns a coroutine was expected, not {type(factory).__name__!r}")
+    for name, policy in (("retry", retry), ("restart", restart)):
+        if policy is not None and not isinstance(policy, Retry):
+            raise TypeError(f"{name} must be a Retry or None, not {type(policy).__name__!r}")
+    if retry is not None and restart is not None:
+        raise ValueError("retry and restart exclude each other: restart covers failures as well")
+    if timeout is not None and not timeout >= 0:
+        raise ValueError(f"timeout must not be negative, not {timeout!r}")
+    return _attempts(factory, timeout, retry or restart, restart is not None, getattr(scope, "_statistics", None))
+
+
+async def _attempts(factory, timeout, policy, again, counters):  # type: ignore[no-untyped-def]
+    loop = asyncio.get_running_loop()
+    failures = 0
+    while True:
+        began = loop.time()
+        try:
+            if timeout is None:
+                result = await factory()
+            else:
+                async with asyncio.timeout(timeout):
+                    result = await factory()
+            if not again:
+                return result
+            failures = 0
+            pause = policy.delay
+        except Exception as exc:
+            if policy is None or not isinstance(exc, policy.on):
+                raise
+            if policy.within is not None and loop.time() - began > policy.within:
+                failures = 0
+            failures += 1
+            if policy.attempts is not None and failures >= policy.attempts:
+                raise
+            pause = policy.pause(failures)
+            del exc
+        if counters is not None:
+            counters.restarted += 1
+        await asyncio.sleep(pause)
+
+
+class Gate:
+    """Lets so many children of a scope run at once, in the order in which they were created."""
+
+    __slots__ = ("_free", "_waiting")
+
+    def __init__(self, limit: int) -> None:
+        if not isinstance(limit, int) or isinstance(limit, bool):
+            raise TypeError(f"limit must be an int or None, not {type(limit).__name__!r}")
+        if limit < 1:
+            raise ValueError(f"limit must be at least 1, not {limit!r}")
+        self._free = limit
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def __call__(self, coro: Coroutine[Any, Any, Any]) -> Coroutine[Any, Any, Any]:
+        if not asyncio.iscoroutine(coro):
+            raise TypeError(f"a coroutine was expected, not {type(coro).__name__!r}")
+        if isinstance(coro, _Gated) and coro._gate is self:
+            return coro
+        return _Gated(self, coro, self.claim())
+
+    def claim(self) -> asyncio.Future[None] | None:
+        """A place, or one's turn to get one: a future to pass to wait_for_turn()."""
+        if self._free > 0:
+            self._free -= 1
+            return None
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        return turn
+
+    def give_up(self, turn: asyncio.Future[None] | None) -> None:
+        """Give back what claim() gave, whatever became of it."""
+        if turn is None or (turn.done() and not turn.cancelled()):
+            self.release()
+        else:
+            turn.cancel()
+
+    def release(self) -> None:
+        """Give a place back: to who waits longest, else to nobody."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._free += 1
+
+
+class _Gated(Coroutine[Any, Any, Any]):
+    """A coroutine that starts when its gate lets it in, and that is closed if it never does."""
+
+    __slots__ = ("__name__", "__qualname__", "_coro", "_gate", "_held", "_run", "_started", "_turn")
+
+    def __init__(self, gate: Gate, coro: Coroutine[Any, Any, Any], turn: asyncio.Future[None] | None) -> None:
+        self._gate = gate
+        self._coro = coro
+        self._turn = turn
+        self._held = True
+        self._started = False
+        self.__name__ = getattr(coro, "__name__", type(coro).__name__)
+        self.__qualname__ = getattr(coro, "__qualname__", self.__name__)
+        self._run = self._gated()
+
+    async def _gated(self) -> Any:
+        try:
+            if self._turn is not None:
+                await self._turn
+            return await self._coro
+        finally:
+            self._held = False
+            self._gate.give_up(self._turn)
+
+    def send(self, value: Any) -> Any:
+        """Take one step."""
+        self._started = True
+        return self._run.send(value)
+
+    def throw(self, *exc_info: Any) -> Any:
+        """Raise an exception at the point of suspension; before the first step, end at once."""
+        if not self._started:
+            self.close()
+        if self._run.cr_frame is None:
+            raise exc_info[0]
+        try:
+            return self._run.throw(*exc_info)
+        finally:
+            if self._run.cr_frame is None:
+                # It may have been waiting for its turn.
+                self._coro.close()
+
+    def close(self) -> None:
+        """Close both, without a warning for what never started."""
+        self._run.close()
+        self._coro.close()
+        if self._held:
+            self._held = False
+            self._gate.give_up(self._turn)
+
+    def __del__(self) -> None:
+        if self._run.cr_frame is not None:
+            self.close()
+
+    def __await__(self) -> Any:
+        self._started = True
+        return self._run.__await__()
+
+    # What task reprs, stacks and debuggers look at: the coroutine itself.
+
+    @property
+    def cr_frame(self) -> Any:
+        """Its frame."""
+        return getattr(self._coro, "cr_frame", None)
+
+    @property
+    def cr_code(self) -> Any:
+        """Its code."""
+        return getattr(self._coro, "cr_code", None)
+
+    @property
+    def cr_running(self) -> bool:
+        """Whether it is being run right now."""
+        return self._run.cr_running
+
+    @property
+    def cr_await(self) -> Any:
+        """What it waits for, its turn included."""
+        waits_for = self._run.cr_await
+        return getattr(self._coro, "cr_await", None) if waits_for is self._coro else waits_for
+
+
+async def start_task(scope: Any, coro: Coroutine[Any, Any, Any], /, **kwargs: Any) -> asyncio.Task[Any]:
+    """``await scope.start_task(coro)``: waits for room, then starts the child, which has its place already."""
+    gate = scope._gate
+    if gate is None or not asyncio.iscoroutine(coro):
+        return scope.create_task(coro, **kwargs)  # type: ignore[no-any-return]
+    turn = gate.claim()
+    try:
+        if turn is not None:
+            await turn
+    except BaseException:
+        gate.give_up(turn)
+        coro.close()
+        raise
+    # Refused, it is closed, which gives the place back.
+    return scope.create_task(_Gated(gate, coro, None), **kwargs)  # type: ignore[no-any-return]

@@ -1,0 +1,562 @@
+/* children.c: what every owner of tasks is built on.
+ *
+ * States:     a node is LIVE (linked, parent and task set) or ENDED (neither).
+ * Invariants: n_children is the length of the list; a joiner is linked only while its waiter is pending.
+ * Ownership:  the task's callback list owns the node, the node its task and its parent: a cycle that the end of the task
+ *             breaks, or the collector when the loop is gone.
+ * Locking:    all belongs to the thread of the loop.
+ * Re-entry:   create_task, ended(), and the last reference to anything run foreign code: the list is never walked
+ *             while they run.
+ */
+
+#include "children.h"
+
+#include <string.h>
+
+#define MAX_KEYWORDS 24
+
+/* ---- a child ------------------------------------------------------------------------------------------------ */
+
+static int
+discard_awaited_by(AiotChildren *self, PyObject *task)
+{
+    aiot_state *state = self->loop->state;
+    if (state->discard_from_awaited_by == NULL || self->host == NULL) {
+        return 0;
+    }
+    PyObject *args[] = {task, self->host};
+    PyObject *result = PyObject_Vectorcall(state->discard_from_awaited_by, args, 2, NULL);
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
+}
+
+int
+aiot_children_wake(AiotChildren *self)
+{
+    int failed = 0;
+    aiot_link *first;
+    while ((first = aiot_link_first(&self->joiners)) != NULL) {
+        aiot_joiner *joiner = AIOT_CONTAINER_OF(first, aiot_joiner, link);
+        aiot_link_remove(first);
+        AiotWaiter *waiter = (AiotWaiter *)Py_NewRef((PyObject *)joiner->waiter);
+        if (aiot_waiter_wake(waiter) < 0) {
+            failed = -1;
+        }
+        Py_DECREF(waiter);
+        if (failed) {
+            break;
+        }
+    }
+    return failed;
+}
+
+/* Tells the parent, then those who wait. Both references are stolen. */
+static int
+tell_parent(AiotChildren *parent, AiotChild *child, PyObject *task)
+{
+    int failed = discard_awaited_by(parent, task);
+    if (!failed) {
+        failed = parent->ops->ended(parent, child, task);
+    }
+    if (parent->n_children == 0 && !aiot_link_is_empty(&parent->joiners)) {
+        PyObject *exc = failed ? PyErr_GetRaisedException() : NULL;
+        int not_woken = aiot_children_wake(parent);
+        if (exc != NULL) {
+            if (not_woken) {
+                PyErr_WriteUnraisable((PyObject *)parent);
+            }
+            PyErr_SetRaisedException(exc);
+        }
+        failed = failed || not_woken ? -1 : 0;
+    }
+    Py_DECREF(task);
+    Py_DECREF(parent);
+    return failed;
+}
+
+static int
+child_end(AiotChild *child)
+{
+    AiotChildren *parent = child->parent;
+    PyObject *task = child->task;
+    if (parent == NULL) {
+        return 0;
+    }
+    child->parent = NULL;
+    child->task = NULL;
+    aiot_link_remove(&child->link);
+    parent->n_children--;
+    return tell_parent(parent, child, task);
+}
+
+/* No vectorcall: its pointer would cost each child more memory than a call that happens once costs time. */
+static PyObject *
+Child_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwargs))
+{
+    if (child_end((AiotChild *)op) < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static int
+Child_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(((AiotChild *)op)->parent);
+    Py_VISIT(((AiotChild *)op)->task);
+    return 0;
+}
+
+/* Also when somebody took our callback off the task: we can't notice its end any more. */
+static int
+Child_clear(PyObject *op)
+{
+    AiotChild *child = (AiotChild *)op;
+    AiotChildren *parent = child->parent;
+    PyObject *task = child->task;
+    if (parent != NULL) {
+        child->parent = NULL;
+        child->task = NULL;
+        aiot_link_remove(&child->link);
+        parent->n_children--;
+        if (parent->n_children == 0) {
+            PyObject *pending = PyErr_GetRaisedException();
+            aiot_link *first;
+            while ((first = aiot_link_first(&parent->joiners)) != NULL) {
+                aiot_link_remove(first);
+                aiot_waiter_wake_quietly(AIOT_CONTAINER_OF(first, aiot_joiner, link)->waiter);
+            }
+            if (pending != NULL) {
+                PyErr_SetRaisedException(pending);
+            }
+        }
+        Py_DECREF(task);
+        Py_DECREF(parent);
+    }
+    return 0;
+}
+
+static void
+Child_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    Child_clear(op);
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static PyType_Slot Child_slots[] = {
+    {Py_tp_doc, "The done callback of a child task."},
+    {Py_tp_call, Child_call},
+    {Py_tp_traverse, Child_traverse},
+    {Py_tp_clear, Child_clear},
+    {Py_tp_dealloc, Child_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec Child_spec = {
+    .name = "aiotools._aiotools.Child",
+    .basicsize = sizeof(AiotChild),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = Child_slots,
+};
+
+static PyType_Spec IndexedChild_spec = {
+    .name = "aiotools._aiotools.IndexedChild",
+    .basicsize = sizeof(AiotIndexedChild),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = Child_slots,
+};
+
+/* ---- the parent --------------------------------------------------------------------------------------------- */
+
+void
+aiot_children_init(void *op, const aiot_children_ops *ops)
+{
+    AiotChildren *self = (AiotChildren *)op;
+    self->ops = ops;
+    aiot_link_init(&self->children);
+    aiot_link_init(&self->joiners);
+}
+
+int
+aiot_children_traverse(void *op, visitproc visit, void *arg)
+{
+    AiotChildren *self = (AiotChildren *)op;
+    Py_VISIT(self->loop);
+    Py_VISIT(self->host);
+    Py_VISIT(self->callback_context);
+    return 0;
+}
+
+/* The nodes own us, so there are none when we die; and what is cleared by the collector is cleared with them. The loop
+ * state stays for what still runs. */
+void
+aiot_children_clear(void *op)
+{
+    AiotChildren *self = (AiotChildren *)op;
+    Py_CLEAR(self->host);
+    Py_CLEAR(self->callback_context);
+}
+
+PyObject *
+aiot_children_tasks(AiotChildren *self)
+{
+    PyObject *tasks = PyList_New(self->n_children);
+    if (tasks == NULL) {
+        return NULL;
+    }
+    Py_ssize_t i = 0;
+    for (aiot_link *l = self->children.next; l != &self->children && i < PyList_GET_SIZE(tasks); l = l->next) {
+        PyList_SET_ITEM(tasks, i++, Py_NewRef(AIOT_CONTAINER_OF(l, AiotChild, link)->task));
+    }
+    assert(i == PyList_GET_SIZE(tasks));
+    return tasks;
+}
+
+void
+aiot_close_coroutine(aiot_state *state, PyObject *coro)
+{
+    PyObject *pending = PyErr_GetRaisedException();
+    PyObject *close;
+    if (PyObject_GetOptionalAttr(coro, state->str_close, &close) > 0) {
+        PyObject *result = PyObject_CallNoArgs(close);
+        Py_DECREF(close);
+        if (result == NULL) {
+            PyErr_WriteUnraisable(coro);
+        }
+        Py_XDECREF(result);
+    }
+    PyErr_Clear();
+    if (pending != NULL) {
+        PyErr_SetRaisedException(pending);
+    }
+}
+
+static AiotChild *
+child_new(AiotChildren *self, Py_ssize_t index)
+{
+    aiot_state *state = self->loop->state;
+    PyTypeObject *type = self->ops->indexed ? state->IndexedChildType : state->ChildType;
+    AiotChild *child = (AiotChild *)type->tp_alloc(type, 0);
+    if (child == NULL) {
+        return NULL;
+    }
+    aiot_link_init(&child->link);
+    if (self->ops->indexed) {
+        ((AiotIndexedChild *)child)->index = index;
+    }
+    if (self->callback_context == NULL && (self->callback_context = PyContext_CopyCurrent()) == NULL) {
+        Py_DECREF(child);
+        return NULL;
+    }
+    return child;
+}
+
+/* 1, 0 or -1. */
+static int
+is_done(aiot_state *state, PyObject *task)
+{
+    PyObject *answer = PyObject_CallMethodNoArgs(task, state->str_done);
+    if (answer == NULL) {
+        return -1;
+    }
+    int done = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    return done;
+}
+
+/* Ended before it could be linked. What ended() raises is reported here, as the loop would. */
+static int
+end_at_once(AiotChildren *self, AiotChild *child, PyObject *task)
+{
+    if (tell_parent((AiotChildren *)Py_NewRef((PyObject *)self), child, Py_NewRef(task)) < 0) {
+        return aiot_loop_report(self->loop, "Exception in the handling of a child that ended at once",
+                                self->loop->state->str_task, task);
+    }
+    return 0;
+}
+
+/* child: stolen. */
+static int
+child_link(AiotChildren *self, AiotChild *child, PyObject *task)
+{
+    aiot_state *state = self->loop->state;
+    int failed = -1;
+    int done = self->ops->later ? 0 : is_done(state, task);
+    if (done != 0) {
+        failed = done < 0 ? -1 : end_at_once(self, child, task);
+        Py_DECREF(child);
+        return failed;
+    }
+    if (state->add_to_awaited_by != NULL && self->host != NULL) {
+        PyObject *both[] = {task, self->host};
+        PyObject *result = PyObject_Vectorcall(state->add_to_awaited_by, both, 2, NULL);
+        if (result == NULL) {
+            Py_DECREF(child);
+            return -1;
+        }
+        Py_DECREF(result);
+    }
+    child->parent = (AiotChildren *)Py_NewRef((PyObject *)self);
+    child->task = Py_NewRef(task);
+    aiot_link_append(&self->children, &child->link);
+    self->n_children++;
+    PyObject *args[] = {task, (PyObject *)child, self->callback_context};
+    PyObject *result = PyObject_VectorcallMethod(state->str_add_done_callback, args,
+                                                 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, state->kw_context);
+    if (result != NULL) {
+        Py_DECREF(result);
+        failed = 0;
+    }
+    else {
+        PyObject *exc = PyErr_GetRaisedException();
+        Child_clear((PyObject *)child);
+        PyErr_SetRaisedException(exc);
+    }
+    Py_DECREF(child);
+    return failed;
+}
+
+int
+aiot_children_adopt(AiotChildren *self, PyObject *task, Py_ssize_t index)
+{
+    AiotChild *child = child_new(self, index);
+    return child == NULL ? -1 : child_link(self, child, task);
+}
+
+typedef enum {
+    START_LATER,            /* as loop.create_task(coro) does */
+    START_DIRECTLY,         /* Task(coro, loop=loop, eager_start=True) can stand in for it */
+    START_BY_KEYWORD,       /* the loop's create_task() takes eager_start= */
+    START_FAILED,           /* an exception is set */
+} start_way;
+
+/* A task made directly is the same as one by create_task only where that is asyncio's or uvloop's own and there is no task
+ * factory. An eager start in a context that is entered raises, and hangs asyncio.run() on 3.12 and 3.13. */
+static start_way
+way_to_start_eagerly(AiotLoop *loop, PyObject *context)
+{
+#if PY_VERSION_HEX < 0x030C0000
+    (void)loop;
+    (void)context;
+    return START_LATER;
+#else
+    aiot_state *state = loop->state;
+    /* The step would run inside whatever is running now: only where this loop is. */
+    PyObject *running = PyObject_CallNoArgs(state->get_running_loop);
+    if (running == NULL) {
+        PyErr_Clear();
+        return START_LATER;
+    }
+    Py_DECREF(running);
+    if (running != loop->loop) {
+        return START_LATER;
+    }
+    if (context != NULL && PyContext_CheckExact(context)) {
+        if (PyContext_Enter(context) < 0) {
+            PyErr_Clear();
+            return START_LATER;
+        }
+        if (PyContext_Exit(context) < 0) {
+            return START_FAILED;
+        }
+    }
+    PyObject *method = PyObject_GetAttr(loop->loop, state->str_create_task);
+    if (method == NULL) {
+        return START_FAILED;
+    }
+    bool own = PyMethod_Check(method) && PyMethod_GET_FUNCTION(method) == state->base_loop_create_task;
+    Py_DECREF(method);
+    if (!own && !loop->coarse) {
+        return START_LATER;
+    }
+    PyObject *factory = PyObject_CallMethodNoArgs(loop->loop, state->str_get_task_factory);
+    if (factory == NULL) {
+        return START_FAILED;
+    }
+    Py_DECREF(factory);
+    if (factory == Py_None) {
+        return START_DIRECTLY;
+    }
+    return own && PY_VERSION_HEX >= 0x030E0000 ? START_BY_KEYWORD : START_LATER;
+#endif
+}
+
+/* The call that makes the task; NULL with an exception. */
+static PyObject *
+make_task(AiotChildren *self, PyObject *coro, PyObject *name, PyObject *context, const aiot_spawn_options *options)
+{
+    AiotLoop *loop = self->loop;
+    aiot_state *state = loop->state;
+    if (loop->loop == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "Event loop is closed");
+        return NULL;
+    }
+    Py_ssize_t n_extra = options != NULL && options->names != NULL ? PyTuple_GET_SIZE(options->names) : 0;
+    start_way way = START_LATER;
+    if (options != NULL && options->eager && (way = way_to_start_eagerly(loop, context)) == START_FAILED) {
+        return NULL;
+    }
+    PyObject *eager_start = way != START_LATER ? Py_True : NULL;
+#if PY_VERSION_HEX >= 0x030E0000
+    if (options != NULL && options->not_eager && !loop->coarse) {
+        eager_start = Py_False;
+    }
+#endif
+    if (AIOT_LIKELY(n_extra == 0 && eager_start == NULL && (name == NULL || context == NULL))) {
+        PyObject *args[] = {loop->loop, coro, name != NULL ? name : context};
+        PyObject *names = name != NULL ? state->kw_name : context != NULL ? state->kw_context : NULL;
+        return PyObject_VectorcallMethod(state->str_create_task, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, names);
+    }
+    if (n_extra > MAX_KEYWORDS) {
+        PyErr_SetString(PyExc_TypeError, "too many keyword arguments for create_task()");
+        return NULL;
+    }
+    PyObject *values[MAX_KEYWORDS + 6] = {loop->loop, coro};
+    PyObject *keys[MAX_KEYWORDS + 4];
+    Py_ssize_t n = 0;
+    if (way == START_DIRECTLY) {
+        keys[n] = state->str_loop;
+        values[2 + n++] = loop->loop;
+    }
+    if (eager_start != NULL) {
+        keys[n] = state->str_eager_start;
+        values[2 + n++] = eager_start;
+    }
+    if (name != NULL) {
+        keys[n] = state->str_name;
+        values[2 + n++] = name;
+    }
+    if (context != NULL) {
+        keys[n] = state->str_context;
+        values[2 + n++] = context;
+    }
+    for (Py_ssize_t i = 0; i < n_extra; i++) {
+        keys[n] = PyTuple_GET_ITEM(options->names, i);
+        values[2 + n++] = options->values[i];
+    }
+    PyObject *names = PyTuple_New(n);
+    if (names == NULL) {
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        PyTuple_SET_ITEM(names, i, Py_NewRef(keys[i]));
+    }
+    PyObject *task;
+    if (way == START_DIRECTLY) {
+        task = PyObject_Vectorcall(state->asyncio_Task, values + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, names);
+    }
+    else {
+        task = PyObject_VectorcallMethod(state->str_create_task, values, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, names);
+    }
+    Py_DECREF(names);
+    return task;
+}
+
+PyObject *
+aiot_children_spawn(AiotChildren *self, PyObject *coro, PyObject *name, PyObject *context,
+                    const aiot_spawn_options *options)
+{
+    AiotChild *child = child_new(self, options != NULL ? options->index : 0);
+    if (child == NULL) {
+        aiot_close_coroutine(self->loop->state, coro);
+        return NULL;
+    }
+    PyObject *task = make_task(self, coro, name, context, options);
+    if (task == NULL) {
+        Py_DECREF(child);
+        aiot_close_coroutine(self->loop->state, coro);
+        return NULL;
+    }
+    if (child_link(self, child, task) < 0) {
+        /* Nobody would notice its end. */
+        PyObject *exc = PyErr_GetRaisedException();
+        PyObject *result = PyObject_CallMethodNoArgs(task, self->loop->state->str_cancel);
+        if (result == NULL) {
+            PyErr_WriteUnraisable(task);
+        }
+        Py_XDECREF(result);
+        Py_DECREF(task);
+        PyErr_SetRaisedException(exc);
+        return NULL;
+    }
+    return task;
+}
+
+/* ---- waiting ------------------------------------------------------------------------------------------------ */
+
+PySendResult
+aiot_join(AiotChildren *self, aiot_joiner *joiner, PyObject **result)
+{
+    assert(aiot_link_is_out(&joiner->link));
+    AiotWaiter *waiter = aiot_waiter_new(self->loop, AIOT_PENDING);
+    if (waiter == NULL) {
+        return PYGEN_ERROR;
+    }
+    Py_XSETREF(joiner->waiter, waiter);
+    aiot_link_append(&self->joiners, &joiner->link);
+    *result = aiot_waiter_yield(waiter);
+    return PYGEN_NEXT;
+}
+
+PySendResult
+aiot_join_checkpoint(AiotLoop *loop, aiot_joiner *joiner, PyObject **result)
+{
+    AiotWaiter *waiter = aiot_waiter_new(loop, AIOT_WOKEN);
+    if (waiter == NULL) {
+        return PYGEN_ERROR;
+    }
+    Py_XSETREF(joiner->waiter, waiter);
+    *result = aiot_waiter_yield(waiter);
+    return PYGEN_NEXT;
+}
+
+int
+aiot_joiner_resumed(aiot_joiner *joiner)
+{
+    int failed = aiot_waiter_check_resumed(joiner->waiter);
+    aiot_joiner_leave(joiner);
+    return failed;
+}
+
+void
+aiot_joiner_leave(aiot_joiner *joiner)
+{
+    if (joiner->link.next != NULL) {
+        aiot_link_remove(&joiner->link);
+    }
+    AiotWaiter *waiter = joiner->waiter;
+    joiner->waiter = NULL;
+    Py_XDECREF(waiter);
+}
+
+/* ---- the types ---------------------------------------------------------------------------------------------- */
+
+static int
+optional_import(const char *name, PyObject **field)
+{
+    PyObject *asyncio = PyImport_ImportModule("asyncio");
+    PyObject *key = PyUnicode_FromString(name);
+    int found = asyncio == NULL || key == NULL ? -1 : PyObject_GetOptionalAttr(asyncio, key, field);
+    Py_XDECREF(asyncio);
+    Py_XDECREF(key);
+    return found < 0 ? -1 : 0;
+}
+
+int
+aiot_children_add_types(PyObject *module)
+{
+    aiot_state *state = aiot_state_of_module(module);
+    if ((state->kw_name = PyTuple_Pack(1, state->str_name)) == NULL
+        || optional_import("future_add_to_awaited_by", &state->add_to_awaited_by) < 0
+        || optional_import("future_discard_from_awaited_by", &state->discard_from_awaited_by) < 0
+        || aiot_add_type(module, &state->ChildType, &Child_spec, NULL, false) < 0
+        || aiot_add_type(module, &state->IndexedChildType, &IndexedChild_spec, NULL, false) < 0)
+    {
+        return -1;
+    }
+    return 0;
+}

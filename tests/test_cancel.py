@@ -1,0 +1,320 @@
+"""cancel_and_wait, trace_cancellation."""
+
+import asyncio
+
+import pytest
+
+import aiotools
+from aiotools import ShieldScope, UnfinishedTasksError, cancel_and_wait, cancel_requests, trace_cancellation
+
+
+async def turns(count=3):
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def forever():
+    await asyncio.get_running_loop().create_future()
+
+
+async def start(coro, **kwargs):
+    task = asyncio.create_task(coro, **kwargs)
+    await turns()
+    return task
+
+
+async def slow_cleanup(done, count=5):
+    try:
+        await forever()
+    finally:
+        async with ShieldScope():
+            await turns(count)
+            done.append("clean")
+
+
+async def failing_cleanup(exc):
+    try:
+        await forever()
+    finally:
+        raise exc
+
+
+async def swallow(uncancel):
+    try:
+        await forever()
+    except asyncio.CancelledError:
+        if uncancel:
+            asyncio.current_task().uncancel()
+    return "result"
+
+
+class TestOneTask:
+    async def test_it_is_cancelled_and_awaited(self):
+        done = []
+        task = await start(slow_cleanup(done))
+        assert await cancel_and_wait(task, "message") is None
+        assert task.cancelled() and done == ["clean"] and task.cancelling() == 1
+
+    async def test_the_message_arrives(self):
+        seen = []
+
+        async def child():
+            try:
+                await forever()
+            except asyncio.CancelledError as exc:
+                seen.append(exc.args)
+                raise
+
+        await cancel_and_wait(await start(child()), msg="message")
+        assert seen == [("message",)]
+
+    async def test_one_that_is_done_is_left_alone(self):
+        async def fail():
+            raise ValueError
+
+        task = await start(fail())
+        await cancel_and_wait(task)
+        assert isinstance(task.exception(), ValueError) and task.cancelling() == 0
+
+    @pytest.mark.loop_kinds("default", "uvloop", "debug", reason="an eager task has started when it is created")
+    async def test_one_that_never_started_never_runs(self):
+        ran = []
+
+        async def child():
+            ran.append(1)
+
+        task = asyncio.create_task(child())
+        await cancel_and_wait(task)
+        assert task.cancelled() and ran == []
+
+    async def test_one_that_is_being_cancelled_gets_one_more_request(self):
+        done = []
+        task = await start(slow_cleanup(done))
+        task.cancel()
+        await turns(1)
+        await cancel_and_wait(task)
+        assert task.cancelled() and task.cancelling() == 2 and done == ["clean"]
+
+    async def test_somebody_elses_request_is_raised_again(self):
+        done = []
+        task = await start(slow_cleanup(done))
+        asyncio.get_running_loop().call_soon(task.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await cancel_and_wait(task)
+        assert task.cancelled() and asyncio.current_task().cancelling() == 0
+
+    async def test_what_its_clean_up_raises_comes_through(self):
+        error = ValueError("clean-up")
+        with pytest.raises(ValueError) as caught:
+            await cancel_and_wait(await start(failing_cleanup(error)))
+        assert caught.value is error
+
+    async def test_a_swallowed_cancellation_is_an_invalid_state(self):
+        with pytest.raises(asyncio.InvalidStateError):
+            await cancel_and_wait(await start(swallow(False)))
+
+    async def test_a_request_that_was_taken_back_is_fine(self):
+        task = await start(swallow(True))
+        assert await cancel_and_wait(task) is None
+        assert task.result() == "result"
+
+    async def test_in_clean_up_of_an_earlier_cancellation(self):
+        """The requests that a shield keeps count together with those that it doesn't."""
+        done = []
+        task = await start(slow_cleanup(done, 8))
+        task.cancel()
+        await turns(2)
+        await cancel_and_wait(task)
+        assert done == ["clean"] and task.cancelling() == 2
+
+    async def test_a_cancelled_caller_forwards_it_and_ends_cancelled(self):
+        seen = []
+
+        async def target():
+            try:
+                await forever()
+            except asyncio.CancelledError:
+                try:
+                    await forever()
+                finally:
+                    seen.append("second")
+
+        task = await start(target())
+        caller = await start(cancel_and_wait(task))
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert seen == ["second"] and task.cancelled() and caller.cancelled()
+
+    async def test_a_cancelled_caller_ends_cancelled_whatever_the_target_ends_with(self):
+        async def target():
+            try:
+                await forever()
+            except asyncio.CancelledError:
+                try:
+                    await forever()
+                except asyncio.CancelledError:
+                    raise ValueError from None
+
+        task = await start(target())
+        caller = await start(cancel_and_wait(task))
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await caller
+        assert caller.cancelled() and isinstance(task.exception(), ValueError)
+        assert caught.value is not None
+
+    async def test_a_task_cannot_wait_for_itself(self):
+        with pytest.raises(RuntimeError, match="itself"):
+            await cancel_and_wait(asyncio.current_task())
+        assert asyncio.current_task().cancelling() == 0
+
+
+class TestCollections:
+    async def test_all_are_cancelled_at_once(self):
+        tasks = [await start(forever()) for _ in range(10)]
+        for kind in (list, tuple, set, dict.fromkeys, frozenset):
+            await cancel_and_wait(kind(tasks))
+        assert all(task.cancelled() and task.cancelling() == 1 for task in tasks)
+
+    async def test_an_empty_one(self):
+        assert await cancel_and_wait([]) is None
+
+    async def test_failures_are_collected_in_input_order(self):
+        errors = [ValueError(1), KeyError(2)]
+        tasks = [await start(failing_cleanup(errors[0])), await start(forever()), await start(failing_cleanup(errors[1]))]
+        with pytest.raises(ExceptionGroup, match="Unhandled exceptions during grouped cancellation") as caught:
+            await cancel_and_wait(tasks)
+        assert list(caught.value.exceptions) == errors
+
+    async def test_a_swallowed_cancellation_is_one_of_them(self):
+        with pytest.raises(ExceptionGroup) as caught:
+            await cancel_and_wait([await start(swallow(False))])
+        assert isinstance(caught.value.exceptions[0], asyncio.InvalidStateError)
+
+    async def test_somebody_elses_request_wins_over_failures(self):
+        done = []
+        tasks = [await start(slow_cleanup(done)), await start(failing_cleanup(ValueError()))]
+        asyncio.get_running_loop().call_soon(tasks[0].cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await cancel_and_wait(tasks)
+        assert done == ["clean"]
+
+    async def test_a_cancelled_caller_waits_for_all_and_ends_cancelled(self):
+        done = []
+        tasks = [await start(slow_cleanup(done)) for _ in range(3)]
+        caller = await start(cancel_and_wait(tasks))
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        assert done == ["clean"] * 3
+
+    async def test_a_generator_is_none(self):
+        with pytest.raises(TypeError, match="generator"):
+            await cancel_and_wait(task for task in [])
+
+    @pytest.mark.parametrize("bad", [None, 3, [3]])
+    async def test_what_is_no_task(self, bad):
+        with pytest.raises(TypeError, match="task"):
+            await cancel_and_wait(bad)
+
+
+class TestTimeout:
+    async def test_who_did_not_end_is_told_with_the_place(self):
+        release = asyncio.get_running_loop().create_future()
+
+        async def stubborn():
+            while not release.done():
+                try:
+                    await asyncio.shield(release)
+                except asyncio.CancelledError:
+                    pass
+
+        tasks = [await start(stubborn(), name="first"), await start(forever())]
+        with pytest.raises(UnfinishedTasksError, match="first: .*stubborn at .*test_cancel.py:") as caught:
+            await cancel_and_wait(tasks, timeout=0.001)
+        assert caught.value.tasks == (tasks[0],) and isinstance(caught.value, TimeoutError)
+        assert tasks[1].cancelled()
+        release.set_result(None)
+        await tasks[0]
+
+    async def test_in_time_nothing_is_raised(self):
+        await cancel_and_wait(await start(forever()), timeout=60)
+
+    @pytest.mark.parametrize("bad", ["1", float("nan")])
+    async def test_what_is_no_time(self, bad):
+        with pytest.raises((TypeError, ValueError), match="timeout"):
+            await cancel_and_wait([], timeout=bad)
+
+
+class TestTrace:
+    @pytest.mark.loop_kinds("default", "uvloop", "debug", reason="an eager task makes its request before it has a name")
+    async def test_each_request_tells_who_made_it(self):
+        async def canceller(task):
+            task.cancel("enough")
+
+        with trace_cancellation():
+            task = await start(forever(), name="victim")
+            await asyncio.create_task(canceller(task), name="killer")
+            with pytest.raises(asyncio.CancelledError, match="enough .cancelled by task 'killer' in .*canceller at") as caught:
+                await task
+            [request] = cancel_requests(task)
+            assert cancel_requests(caught.value) == [request]
+        assert (request.message, request.task_name) == ("enough", "killer")
+        assert request.filename == __file__ and request.function.endswith("canceller") and request.lineno > 0
+        assert request.when > 1e9
+
+    async def test_requests_of_callbacks_and_without_a_message(self):
+        with trace_cancellation():
+            task = await start(forever())
+            asyncio.get_running_loop().call_soon(lambda: task.cancel())
+            with pytest.raises(asyncio.CancelledError, match="cancelled by a callback in"):
+                await task
+
+    @pytest.mark.loop_kinds("default", "uvloop", "debug", reason="an eager task opens its shield before it is traced")
+    async def test_shields_and_traces_go_together(self):
+        async def work():
+            async with ShieldScope():
+                await turns(5)
+
+        with trace_cancellation():
+            task = await start(work())
+            task.cancel("held")
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert len(cancel_requests(task)) == 1
+
+    async def test_afterwards_all_is_as_it_was(self):
+        loop = asyncio.get_running_loop()
+        before = loop.get_task_factory()
+        with trace_cancellation():
+            task = await start(forever())
+            assert loop.get_task_factory() is not before
+        assert loop.get_task_factory() is before
+        assert task.cancel.__self__ is task
+        await cancel_and_wait(task)
+        assert cancel_requests(task) == []
+
+    async def test_what_was_not_traced_has_no_requests(self):
+        task = await start(forever())
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert cancel_requests(caught.value) == []
+
+    async def test_a_loop_without_a_task_factory_is_named(self, monkeypatch):
+        class Stub:
+            def get_task_factory(self):
+                return None
+
+            def set_task_factory(self, factory):
+                raise NotImplementedError
+
+        monkeypatch.setattr(asyncio, "get_running_loop", Stub)
+        with pytest.raises(RuntimeError, match="'Stub' objects take no task factory"):
+            trace_cancellation().__enter__()
+        monkeypatch.undo()
+
+    async def test_it_is_entered_once(self):
+        with trace_cancellation() as trace, pytest.raises(RuntimeError):
+            trace.__enter__()
