@@ -150,6 +150,7 @@ class TaskContext:
     @overload
     def create_task(
         self,
+        /,
         coro: Coroutine[Any, Any, _T],
         *,
         name: str | None = None,
@@ -160,6 +161,7 @@ class TaskContext:
     @overload
     def create_task(
         self,
+        /,
         coro: Callable[[], Coroutine[Any, Any, _T]],
         *,
         name: str | None = None,
@@ -170,7 +172,7 @@ class TaskContext:
         restart: Retry | None = None,
         **kwargs: Any,
     ) -> Task[_T]: ...
-    def aclose(self, *, timeout: float | None = None) -> Coroutine[Any, Any, None]: ...
+    def aclose(self, /, *, timeout: float | None = None) -> Coroutine[Any, Any, None]: ...
 
 class TaskScope(TaskContext):
     def __init__(
@@ -185,14 +187,15 @@ class TaskScope(TaskContext):
     ) -> None: ...
     def start_task(
         self,
+        /,
         coro: Coroutine[Any, Any, _T],
         *,
         name: str | None = None,
         context: contextvars.Context | None = None,
         **kwargs: Any,
     ) -> Coroutine[Any, Any, Task[_T]]: ...
-    def abort(self, msg: Any = None) -> None: ...
-    def cancel(self, msg: Any = None) -> None: ...
+    def abort(self, /, msg: Any = None) -> None: ...
+    def cancel(self, /, msg: Any = None) -> None: ...
     def __aenter__(self) -> Coroutine[Any, Any, Self]: ...
     def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None, /
@@ -214,14 +217,15 @@ class _TaskGroupCore:
     _tasks: set[Task[Any]]
     def create_task(
         self,
+        /,
         coro: Coroutine[Any, Any, _T],
         *,
         name: str | None = None,
         context: contextvars.Context | None = None,
         **kwargs: Any,
     ) -> Task[_T]: ...
-    def cancel(self, msg: Any = None) -> None: ...
-    def _abort(self, msg: Any = None) -> None: ...
+    def cancel(self, /, msg: Any = None) -> None: ...
+    def _abort(self, /, msg: Any = None) -> None: ...
     def __aenter__(self) -> Coroutine[Any, Any, Self]: ...
     def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None, /

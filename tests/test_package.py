@@ -10,6 +10,7 @@ import pkgutil
 import subprocess
 import sys
 import types
+import typing
 
 import pytest
 
@@ -203,6 +204,8 @@ def public_members(cls):
 
 def is_alias(value):
     """A name for a typing construct, or an enumeration's member, has no documentation of its own."""
+    if typing.is_typeddict(value):
+        return True
     return not inspect.isclass(value) and not inspect.isroutine(value) and not inspect.isfunction(value)
 
 

@@ -389,7 +389,7 @@ aiot_scope_spawn(AiotScope *self, PyObject *coro, PyObject *name, PyObject *cont
 }
 
 PyDoc_STRVAR(create_task_doc,
-"create_task($self, coro, *, name=None, context=None, **kwargs)\n--\n\n"
+"create_task($self, /, coro, *, name=None, context=None, **kwargs)\n--\n\n"
 "Start a coroutine as a child task, by the loop's create_task(); return the task.\n\n"
 "name, context: of the task; without a context, that of the scope if it has one.\n"
 "eager_start=True: run it at once up to its first suspension, where the\n"
@@ -490,7 +490,7 @@ done:
 }
 
 PyDoc_STRVAR(start_task_doc,
-"start_task($self, coro, *, name=None, context=None, **kwargs)\n--\n\n"
+"start_task($self, /, coro, *, name=None, context=None, **kwargs)\n--\n\n"
 "Wait for room under the scope's limit, then start the child; await it.\n\n"
 "Takes what create_task() takes, and returns the task. Without a limit it doesn't\n"
 "wait. Raises RuntimeError when the scope takes no children, also while it waits;\n"

@@ -119,12 +119,11 @@
     V(ShieldType) \
     V(SleepType) \
     V(StopIterationType) \
-    V(WaiterType) \
-    V(WatchdogType)
     V(TaskContextType) \
     V(TaskGroupCoreType) \
     V(TaskScopeType) \
-    V(WaiterType)
+    V(WaiterType) \
+    V(WatchdogType)
 
 /* Other objects made at start-up. */
 #define AIOT_OBJECTS(V) \
@@ -137,6 +136,7 @@
     V(loop_token)         /* LoopExceptionHandler.TOKEN */ \
     V(no_loop)            /* stands in for a loop where a finished future needs one */ \
     V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */ \
+    V(shield_var)         /* the context variable that says which shield one is inside */ \
     V(stop_false)         /* a StopIteration(False) that is used again and again (awaitable.c), or NULL */ \
     V(zero)               /* the integer */
 
@@ -166,7 +166,6 @@ typedef struct {
     PyObject *found;
     uint64_t epoch;
 } aiot_loop_cache;
-    V(shield_var)         /* the context variable that says which shield one is inside */
 
 typedef struct {
 #define V(name) PyObject *str_##name;
