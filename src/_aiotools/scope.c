@@ -1522,7 +1522,6 @@ static PyMethodDef TaskGroupCore_methods[] = {
     METHOD("cancel", Scope_cancel, METH_FASTCALL | METH_KEYWORDS, cancel_doc),
     METHOD("__aenter__", Scope_aenter, METH_NOARGS, aenter_doc),
     METHOD("__aexit__", Scope_aexit, METH_FASTCALL, aexit_doc),
-    METHOD("_abort", Scope_abort, METH_FASTCALL | METH_KEYWORDS, abort_doc),
     {NULL, NULL, 0, NULL},
 };
 
