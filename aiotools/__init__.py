@@ -18,6 +18,21 @@ from .defer import AsyncDeferFunc, AsyncDeferrable, DeferFunc, adefer, defer
 from .fork import AbstractChildProcess, PidfdChildProcess, PosixChildProcess, afork
 from .func import apartial
 from .iter import aiter
+from .queue import (
+    AsyncQueue,
+    AsyncQueueEmpty,
+    AsyncQueueFull,
+    AsyncQueueShutDown,
+    LifoQueue,
+    PriorityQueue,
+    Queue,
+    QueueShutDown,
+    QueueStatistics,
+    SyncQueue,
+    SyncQueueEmpty,
+    SyncQueueFull,
+    SyncQueueShutDown,
+)
 from .server import (
     AsyncServerContextManager,
     InterruptedBySignal,
@@ -88,6 +103,20 @@ __all__ = (
     "process_index",
     "server_context",
     "start_server",
+    # queue
+    "AsyncQueue",
+    "AsyncQueueEmpty",
+    "AsyncQueueFull",
+    "AsyncQueueShutDown",
+    "LifoQueue",
+    "PriorityQueue",
+    "Queue",
+    "QueueShutDown",
+    "QueueStatistics",
+    "SyncQueue",
+    "SyncQueueEmpty",
+    "SyncQueueFull",
+    "SyncQueueShutDown",
     # sleep
     "checkpoint",
     "sleep",

@@ -97,6 +97,16 @@ aiot_atomic_load(const uint64_t *p)
 }
 
 static inline void
+aiot_atomic_store(uint64_t *p, uint64_t value)
+{
+#if defined(Py_GIL_DISABLED) && !defined(_MSC_VER)
+    __atomic_store_n(p, value, __ATOMIC_RELEASE);
+#else
+    *(volatile uint64_t *)p = value;
+#endif
+}
+
+static inline void
 aiot_atomic_increment(uint64_t *p)
 {
 #if defined(Py_GIL_DISABLED) && !defined(_MSC_VER)

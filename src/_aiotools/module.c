@@ -9,6 +9,7 @@
 #include "freelist.h"
 #include "loopstate.h"
 #include "page.h"
+#include "queue.h"
 #include "resetting.h"
 #include "scope.h"
 #include "shield.h"
@@ -114,7 +115,8 @@ module_exec(PyObject *module)
         || aiot_shield_add_types(module) < 0
         || aiot_children_add_types(module) < 0
         || aiot_cancel_add_types(module) < 0
-        || aiot_scope_add_types(module) < 0)
+        || aiot_scope_add_types(module) < 0
+        || aiot_queue_add_types(module) < 0)
     {
         return -1;
     }

@@ -73,13 +73,30 @@
     /* arguments of sleep */ \
     V(delay) \
     V(result) \
-    V(when)
+    V(when) \
+    /* queue */ \
+    V(_get) \
+    V(_init) \
+    V(_peek) \
+    V(_put) \
+    V(_qsize) \
+    V(block) \
+    V(immediate) \
+    V(item) \
+    V(items) \
+    V(items_put) \
+    V(max) \
+    V(maxsize)
 
 /* Imported objects: field, module, attribute. */
 #define AIOT_IMPORTS(V) \
+    V(AsyncQueueEmpty, "asyncio", "QueueEmpty") \
+    V(AsyncQueueFull, "asyncio", "QueueFull") \
     V(CancelledError, "asyncio", "CancelledError") \
     V(Collection, "collections.abc", "Collection") \
     V(InvalidStateError, "asyncio", "InvalidStateError") \
+    V(SyncQueueEmpty, "queue", "Empty") \
+    V(SyncQueueFull, "queue", "Full") \
     V(asyncio_Future, "asyncio", "Future") \
     V(asyncio_Task, "asyncio", "Task") \
     V(asyncio_taskgroups_dict, "asyncio.taskgroups", "__dict__") \
@@ -90,12 +107,21 @@
     V(current_task, "asyncio", "current_task") \
     V(decorator_call, "contextlib", "AsyncContextDecorator.__call__") \
     V(get_running_loop, "asyncio", "get_running_loop") \
+    V(maybe_running_loop, "asyncio", "_get_running_loop") \
+    V(namedtuple, "collections", "namedtuple") \
     V(SimpleNamespace, "types", "SimpleNamespace") \
     V(time_module_dict, "time", "__dict__") \
     V(time_monotonic, "time", "monotonic")
 
 /* Types of ours. */
 #define AIOT_TYPES(V) \
+    V(AsyncQueueType) \
+    V(LifoQueueType) \
+    V(PriorityQueueType) \
+    V(QueueCoreType) \
+    V(QueueOpType) \
+    V(QueueType) \
+    V(SyncQueueType) \
     V(CtxMgrType) \
     V(CtxStepType) \
     V(SendingCtxMgrType) \
@@ -130,6 +156,8 @@
     V(add_to_awaited_by)  /* asyncio.future_add_to_awaited_by, or NULL before 3.14 */ \
     V(current_taskgroup)  /* the context variable */ \
     V(discard_from_awaited_by) \
+    V(QueueShutDown)      /* what both sides of a queue raise once it is shut down */ \
+    V(QueueStatistics)    /* the named tuple */ \
     V(done_none)          /* the shared awaitable whose result is None */ \
     V(kw_context)         /* ("context",), for vectorcalls */ \
     V(kw_name)            /* ("name",) */ \
@@ -145,6 +173,7 @@
     V(ctx_managers) \
     V(ctx_steps) \
     V(dones) \
+    V(queue_ops) \
     V(sleeps) \
     V(stops) \
     V(waiters)
