@@ -42,6 +42,7 @@ class Play:
         self.events = []
         self.actions = []
         self.sup = None
+        self.on_gone = lambda index: None
         self.plugin = Recorder(self)
 
     def on_event(self, event, action):
@@ -112,6 +113,8 @@ class Recorder(ServerPlugin):
 
     def child_event(self, child, event):
         self.play.events.append(f"{event} {child.index}")
+        if event == "gone":
+            self.play.on_gone(child.index)
 
     def server_event(self, event, **facts):
         self.play.events.append(event)

@@ -425,3 +425,9 @@ async def eats_memory(loop, index, args):
 def extra_with_pid(loop, index, args):
     args[0].send(("extra", index, os.getpid()))
     nap()
+
+
+@server_context
+async def tells_its_loop(loop, index, args):
+    args[0].send(("loop", index, type(loop).__module__))
+    yield

@@ -18,7 +18,7 @@ from process_helpers import (
     START_METHODS,
     nothing_left_fixture,  # noqa: F401
 )
-from server_play import RUNNERS, SETUPS, Play
+from server_play import RUNNERS, SETUPS, Play, kill
 
 from aiotools.server import (
     InterruptedBySignal,
@@ -28,7 +28,7 @@ from aiotools.server import (
     start_server,
 )
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(60)]
 
 
 @pytest.fixture(params=SETUPS, ids=lambda p: "-".join(p))
@@ -261,21 +261,20 @@ class TestFailure:
         assert quick.main_received is signal.SIGTERM
 
     def test_child_interrupts_can_be_ignored(self, quick):
-        def react(message):
-            if quick.count("enter") == 2 and message[0] == "enter":
-                loop = asyncio.get_running_loop()
-                [failed] = [c for c in multiprocessing.active_children() if c.name == "worker-1"]
-                fd = os.pidfd_open(failed.pid)
+        def gone(index):
+            if index == 1:
+                kill(signal.SIGTERM)
 
-                def stop():
-                    loop.remove_reader(fd)
-                    os.close(fd)
-                    os.kill(os.getpid(), signal.SIGTERM)
-
-                loop.add_reader(fd, stop)
-
-        quick.react = react
-        quick.start(workers.fails, 1, "start", ValueError(), num_workers=2, ignore_child_interrupts=True)
+        quick.on_gone = gone
+        quick.start(
+            workers.fails,
+            1,
+            "start",
+            ValueError(),
+            num_workers=2,
+            ignore_child_interrupts=True,
+            plugins=[quick.plugin],
+        )
         assert quick.of("leave") == [(0, signal.SIGTERM)]
         assert quick.main_received is signal.SIGTERM
 
@@ -297,25 +296,12 @@ class TestFailure:
         assert "All child processes have terminated" in caplog.text
 
     def test_one_dead_worker_changes_nothing(self, quick):
-        def react(message):
-            if quick.count("enter") == 2 and message[0] == "enter":
-                loop = asyncio.get_running_loop()
-                [pid] = [pid for index, pid in quick.of("enter") if index == 0]
-                try:
-                    fd = os.pidfd_open(pid)
-                except ProcessLookupError:
-                    loop.call_soon(os.kill, os.getpid(), signal.SIGTERM)
-                    return
+        def gone(index):
+            if index == 0:
+                kill(signal.SIGTERM)
 
-                def stop():
-                    loop.remove_reader(fd)
-                    os.close(fd)
-                    loop.call_soon(os.kill, os.getpid(), signal.SIGTERM)
-
-                loop.add_reader(fd, stop)
-
-        quick.react = react
-        quick.start(workers.dies, {0}, num_workers=2)
+        quick.on_gone = gone
+        quick.start(workers.dies, {0}, num_workers=2, plugins=[quick.plugin])
         assert quick.of("leave") == [(1, signal.SIGTERM)]
 
     def test_a_failing_hook_ends_the_child(self, quick, caplog):

@@ -17,7 +17,7 @@ import server_workers as workers
 from process_helpers import PATIENCE, START_METHODS, nothing_left_fixture  # noqa: F401
 from server_play import Play, kill, script
 
-from aiotools.server import ServerFailed, control, main_context, start_server
+from aiotools.server import ServerFailed, ServerOptions, control, main_context, start_server
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(60)]
 
@@ -199,6 +199,36 @@ class TestFreshCode:
     def test_a_malformed_import_string_is_refused_at_the_call(self, bad):
         with pytest.raises(ValueError, match=r"package\.module:name"):
             start_server(bad)
+
+
+class TestOptions:
+    def test_they_can_be_given_as_one_object(self, quick):
+        left = script(
+            quick,
+            (lambda: quick.count("enter") == 1, lambda: os.kill(quick.of("enter")[0][2], signal.SIGKILL)),
+            (lambda: quick.count("enter") == 2, lambda: kill(signal.SIGTERM)),
+        )
+        options = ServerOptions(restart="on-failure", report=True)
+        report = quick.start(workers.managed, options=options)
+        assert left == []
+        assert len(report.workers) == 2
+
+    def test_not_both_ways_at_once(self):
+        with pytest.raises(TypeError, match=r"options= and restart"):
+            start_server(workers.managed, options=ServerOptions(), restart="always")
+
+    def test_only_what_was_asked_for_makes_a_server_managed(self):
+        assert not ServerOptions().managed
+        assert not ServerOptions(report=True, loop_factory="asyncio").managed
+        assert ServerOptions(restart="always").managed
+        assert ServerOptions(bind=["tcp://127.0.0.1:0"]).managed
+
+    @pytest.mark.parametrize("choice", ["asyncio", "uvloop", asyncio.new_event_loop])
+    def test_the_loop_factory_makes_the_workers_loops(self, quick, choice):
+        script(quick, (lambda: quick.count("loop") == 2, lambda: kill(signal.SIGTERM)))
+        quick.start(workers.tells_its_loop, extra_procs=[workers.tells_its_loop], loop_factory=choice)
+        expected = "uvloop" if choice == "uvloop" else "asyncio.unix_events"
+        assert sorted(quick.of("loop")) == [(0, expected), (1, expected)]
 
 
 class TestRestart:

@@ -13,6 +13,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
+from ..fork import keep_from_children
 from .plugins import ServerPlugin
 from .sockets import open_unix_socket
 
@@ -103,6 +104,7 @@ class ControlSocket(ServerPlugin):
             raise OSError(exc.errno, f"cannot open the control socket {self.path}: {exc.strerror}") from exc
         found = os.stat(self.path)
         self._ino = (found.st_dev, found.st_ino)
+        keep_from_children(self._sock)
         self._sock.listen(16)
         self._sock.setblocking(False)
         assert sup.loop is not None

@@ -1049,7 +1049,10 @@ class Supervisor:
     async def _roll_slot(self, slot: Slot, generation: int) -> str | None:
         if not slot.wanted:
             return None
-        return await self.replace(slot, generation, "reloaded")
+        failed = await self.replace(slot, generation, "reloaded")
+        if failed is not None and slot.role == "extra" and self.options.restart != "never":
+            self._boot_failed(slot, failed)  # the old one is gone already
+        return failed
 
     def do_reload(self) -> None:
         """Reload without restart: the workers run their on_reload hooks."""
