@@ -15,7 +15,7 @@ import threading
 import pytest
 import server_workers as workers
 from process_helpers import PATIENCE, START_METHODS, nothing_left_fixture  # noqa: F401
-from server_play import Play, kill, script
+from server_play import RUNNERS, Play, kill, script
 
 from aiotools.server import ServerFailed, ServerOptions, control, main_context, start_server
 
@@ -24,7 +24,11 @@ pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(60)]
 FAST = "fork" if "fork" in START_METHODS else "forkserver"
 
 
-@pytest.fixture(params=[(m, r) for m in START_METHODS for r in ("default", "uvloop")], ids="-".join)
+LOOPS = [name for name in ("default", "uvloop") if name in RUNNERS]
+LOOP_NAMES = ["asyncio", *LOOPS[1:]]
+
+
+@pytest.fixture(params=[(m, r) for m in START_METHODS for r in LOOPS], ids="-".join)
 def play(request, nothing_left):
     play = Play(*request.param)
     with play.wire:
@@ -223,7 +227,7 @@ class TestOptions:
         assert ServerOptions(restart="always").managed
         assert ServerOptions(bind=["tcp://127.0.0.1:0"]).managed
 
-    @pytest.mark.parametrize("choice", ["asyncio", "uvloop", asyncio.new_event_loop])
+    @pytest.mark.parametrize("choice", [*LOOP_NAMES, asyncio.new_event_loop])
     def test_the_loop_factory_makes_the_workers_loops(self, quick, choice):
         script(quick, (lambda: quick.count("loop") == 2, lambda: kill(signal.SIGTERM)))
         quick.start(workers.tells_its_loop, extra_procs=[workers.tells_its_loop], loop_factory=choice)
@@ -470,7 +474,7 @@ class TestRecycling:
 class TestThreads:
     """The same worker functions in threads of this process."""
 
-    @pytest.mark.parametrize("loop_factory", ["asyncio", "uvloop"])
+    @pytest.mark.parametrize("loop_factory", LOOP_NAMES)
     def test_workers_live_from_start_to_the_stop_signal(self, quick, loop_factory):
         script(quick, (lambda: quick.count("enter") == 2, lambda: kill(signal.SIGTERM)))
         report = quick.start(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -107,7 +108,7 @@ def assert_port_free(port):
 
 
 APP = ("asgi:server_apps:app", "--bind", "tcp://127.0.0.1:0")
-LOOPS = ["asyncio", "uvloop"]
+LOOPS = ["asyncio"] + (["uvloop"] if importlib.util.find_spec("uvloop") else [])
 
 
 @pytest.mark.parametrize("loop", LOOPS)
