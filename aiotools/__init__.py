@@ -6,9 +6,11 @@ from ._version import __version__
 from .cancel import CancelRequest, UnfinishedTasksError, cancel_and_wait, cancel_requests, trace_cancellation
 from .compat import all_tasks, current_task, get_running_loop, set_task_name
 from .context import (
+    AsyncContextGroup,
     AsyncContextManager,
     AsyncExitStack,
     aclosing,
+    actxgroup,
     actxmgr,
     async_ctx_manager,
     closing_async,
@@ -72,9 +74,11 @@ __all__ = (
     "get_running_loop",
     "set_task_name",
     # context
+    "AsyncContextGroup",
     "AsyncContextManager",
     "AsyncExitStack",
     "aclosing",
+    "actxgroup",
     "actxmgr",
     "async_ctx_manager",
     "closing_async",

@@ -78,6 +78,21 @@ class SendingContextManager(AsyncContextManager[_T_co]):
 
 def _quicken_helper(helper: _F, /) -> _F: ...
 
+# ctxgroup.c
+def _run_each(
+    targets: list[Any],
+    method: str,
+    args: tuple[Any, ...],
+    results: list[Any],
+    statuses: bytearray,
+    limit: int,
+    finish: bool,
+    shield: bool,
+    fail_fast: bool,
+    /,
+) -> Coroutine[Any, Any, None]: ...
+def _abort_run(run: Coroutine[Any, Any, None], /) -> None: ...
+
 # resetting.c
 class resetting(Generic[_T]):
     @property

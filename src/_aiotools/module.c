@@ -5,6 +5,7 @@
 #include "children.h"
 #include "clock.h"
 #include "closing.h"
+#include "ctxgroup.h"
 #include "ctxmgr.h"
 #include "freelist.h"
 #include "loopstate.h"
@@ -108,6 +109,7 @@ module_exec(PyObject *module)
         || aiot_waiter_add_types(module) < 0
         || aiot_sleep_add_types(module) < 0
         || aiot_ctxmgr_add_types(module) < 0
+        || aiot_ctxgroup_add_types(module) < 0
         || aiot_resetting_add_types(module) < 0
         || aiot_closing_add_types(module) < 0
         || aiot_page_add_functions(module) < 0

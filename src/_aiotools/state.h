@@ -58,6 +58,9 @@
     V(asend) \
     V(athrow) \
     V(cr_await) \
+    V(cr_frame) \
+    V(future_add_to_awaited_by) \
+    V(future_discard_from_awaited_by) \
     V(gi_code) \
     V(throw) \
     V(yield_return) \
@@ -123,6 +126,8 @@
     V(QueueType) \
     V(SyncQueueType) \
     V(CtxMgrType) \
+    V(GroupRunType) \
+    V(GroupWorkerType) \
     V(CtxStepType) \
     V(SendingCtxMgrType) \
     V(ResettingType) \
@@ -158,6 +163,8 @@
     V(discard_from_awaited_by) \
     V(QueueShutDown)      /* what both sides of a queue raise once it is shut down */ \
     V(QueueStatistics)    /* the named tuple */ \
+    V(awaited_by_add)     /* asyncio.future_add_to_awaited_by, or NULL before 3.14 */ \
+    V(awaited_by_discard) \
     V(done_none)          /* the shared awaitable whose result is None */ \
     V(kw_context)         /* ("context",), for vectorcalls */ \
     V(kw_name)            /* ("name",) */ \

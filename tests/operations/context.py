@@ -5,7 +5,7 @@ import contextvars
 
 import aiotools
 from aiotools import _aiotools
-from aiotools.context import actxmgr, closing_async, resetting
+from aiotools.context import AsyncContextGroup, actxmgr, closing_async, resetting
 from operations import no_memory, operation
 
 var = contextvars.ContextVar("var")
@@ -167,6 +167,63 @@ async def things_that_cannot_be_closed():
     closing_async(1).__aexit__().close()
 
 
+@operation("AsyncContextGroup")
+async def groups():
+    managers = [manager(0), straight(), closing_async(Thing()), resetting(var, 1)]
+    async with AsyncContextGroup(managers) as values:
+        assert values[1] == 1
+    async with AsyncContextGroup({"a": manager(0), "b": straight()}, limit=1, strict=True):
+        pass
+    async with AsyncContextGroup([manager(0), straight()], same_task=True):
+        pass
+
+
+@actxmgr
+async def failing():
+    await aiotools.checkpoint()
+    raise KeyError
+    yield
+
+
+@operation("AsyncContextGroup")
+async def groups_that_fail():
+    async with AsyncContextGroup([manager(0), failing()]):
+        pass
+    group = AsyncContextGroup(strict=True, rollback_timeout=60)
+    first = straight()
+    group.add(first)
+    group.add(failing(), after=first)
+    group.add(manager(1), after=first)
+    try:
+        async with group:
+            pass
+    except ExceptionGroup:
+        pass
+    try:
+        async with AsyncContextGroup([manager(0), straight()]):
+            raise KeyError
+    except KeyError:
+        pass
+
+
+@operation("AsyncContextGroup")
+async def a_group_that_is_cancelled():
+    for turns in range(8):
+
+        async def use():
+            async with AsyncContextGroup([manager(0), straight(), manager(1)]):
+                await aiotools.checkpoint()
+
+        task = asyncio.create_task(use())
+        for _ in range(turns):
+            await aiotools.checkpoint()
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            pass
+
+
 def run_out(awaitable):
     """Drive what does not suspend."""
     try:
@@ -212,3 +269,29 @@ async def small_managers(fail):
         resetting(var, 1).__aenter__().close()
         closing.__aenter__().close()
         closing.__aexit__().close()
+
+
+class Books:
+    """Counts itself in and out; no Python object is made on the way."""
+
+    open = 0
+
+    def __aenter__(self):
+        Books.open += 1
+        return aiotools.checkpoint()
+
+    def __aexit__(self, *exc_info):
+        Books.open -= 1
+        return aiotools.checkpoint()
+
+
+@no_memory("AsyncContextGroup", kinds=("default",))
+async def starting_the_jobs_of_a_group(fail):
+    books = [Books(), Books()]
+    run = _aiotools._run_each(books, "__aenter__", (), [None, None], bytearray(2), 5, False, False, False)
+    try:
+        with fail:
+            _aiotools._abort_run(run)
+            _aiotools._run_each(books, "x", (), [None, None], bytearray(2), 5, 0, 0, 0).close()
+    finally:
+        run.close()
