@@ -882,6 +882,8 @@ class TestManager:
 
         manager = documented()
         assert manager.__doc__ == "The text."
+        manager.extra = 1
+        assert manager.__doc__ == "The text."
         manager.__doc__ = "Other."
         assert manager.__doc__ == "Other."
         assert undocumented().__doc__ == type(undocumented()).__doc__
@@ -1056,6 +1058,14 @@ class TestManager:
         a = b = 1
         with pytest.raises(TypeError, match="AsyncContextManager"):
             _aiotools._quicken_helper(lambda: (a, b))
+        for cell in (0, 1):
+            helper = actxmgr(ends_normally)
+            helper.__closure__[cell].cell_contents = 5
+            with pytest.raises(TypeError):
+                helper()
+            del helper.__closure__[cell].cell_contents
+            with pytest.raises(TypeError, match="was changed"):
+                helper()
 
 
 @actxmgr

@@ -1012,19 +1012,32 @@ class TestOddities:
         assert ledger.open == 0
 
     async def test_managers_may_cancel_the_caller(self, ledger):
-        host = asyncio.current_task()
-
         class Cancels(Manager):
             async def suspend(self):
-                host.cancel()
+                task.cancel()
 
-        with pytest.raises(asyncio.CancelledError):
+        async def use():
             async with AsyncContextGroup([ledger(0), Cancels(ledger, 1), ledger(2, turns=2)]):
-                await asyncio.sleep(1)
-        host.uncancel()
-        if host.cancelling():
-            host.uncancel()
+                await asyncio.Event().wait()
+
+        # Known before it runs, also when it starts eagerly.
+        task = asyncio.Task(use(), loop=asyncio.get_running_loop())
+        with pytest.raises(asyncio.CancelledError):
+            await task
         assert ledger.open == 0
+
+    async def test_a_cancellation_just_before_they_begin_to_leave_is_passed_on(self, ledger):
+        never = asyncio.Event()
+
+        async def use():
+            async with AsyncContextGroup([ledger(n, hang=never) for n in range(5)], limit=2):
+                # It comes with the first suspension, which is in the exit.
+                asyncio.current_task().cancel("message")
+
+        task = asyncio.create_task(use())
+        with pytest.raises(asyncio.CancelledError, match="message"):
+            await task
+        assert sorted(ledger.names("interrupted")) == list(range(5))
 
     async def test_values_are_let_go(self, ledger):
         class Value:

@@ -12,8 +12,8 @@
  * Ending:     a worker is counted off when it ends by itself, or else (closed, or cancelled before its first step) by
  *             the done callback of its task. Either way its task is done before the host runs.
  * Cancelled:  the request is passed on to the jobs under way; those not started are dropped, or, with `finish`, run
- *             nevertheless. The host waits for all that runs and is cancelled after that. With `shield` nothing is
- *             passed on.
+ *             nevertheless, and cancelled where they first suspend. The host waits for all that runs and is cancelled
+ *             after that. With `shield` nothing is passed on.
  * Locking:    run and workers belong to the thread of their loop; each step holds the critical section of the run.
  * Re-entry:   jobs, task factories and task.cancel() may run anything; counters are set before, read again after.
  */
@@ -39,6 +39,7 @@ typedef struct {
     PyObject *results;          /* list of the same length */
     PyObject *statuses;         /* bytearray of the same length */
     PyObject *cancelled;        /* the CancelledError that the host gets in the end, or NULL */
+    PyObject *abort_msg;        /* what they are cancelled with when `aborted`, or NULL */
     PyObject *error;            /* why workers could not be started, or a base error, or NULL */
     GroupWorkerObject **workers;
     Py_ssize_t room;            /* of workers */
@@ -315,7 +316,9 @@ worker_cancel_if_aborted(GroupWorkerObject *worker)
 {
     if (worker->run->aborted && worker->task != NULL) {
         PyObject *task = Py_NewRef(worker->task);
-        task_cancel(worker->run, task, NULL);
+        PyObject *msg = Py_XNewRef(worker->run->abort_msg);
+        task_cancel(worker->run, task, msg);
+        Py_XDECREF(msg);
         Py_DECREF(task);
     }
 }
@@ -842,6 +845,9 @@ Run_throw(aiot_awaitable *op, PyObject *exc, PyObject **result)
             run->stopped = true;
         }
         PyObject *msg = cancel_message(exc);
+        /* Also for those that are about to begin. */
+        run->aborted = true;
+        Py_XSETREF(run->abort_msg, Py_XNewRef(msg));
         run_abort(run, NULL, msg);
         Py_XDECREF(msg);
     }
@@ -870,6 +876,7 @@ Run_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(run->results);
     Py_VISIT(run->statuses);
     Py_VISIT(run->cancelled);
+    Py_VISIT(run->abort_msg);
     Py_VISIT(run->error);
     for (Py_ssize_t i = 0; i < run->n_active; i++) {
         Py_VISIT(run->workers[i]);
@@ -886,6 +893,7 @@ Run_clear(PyObject *op)
     Py_CLEAR(run->waiter);
     Py_CLEAR(run->host);
     Py_CLEAR(run->cancelled);
+    Py_CLEAR(run->abort_msg);
     Py_CLEAR(run->error);
     return 0;
 }
@@ -937,8 +945,9 @@ PyDoc_STRVAR(run_each_doc,
 "Await it; it returns None. Values and exceptions are put into the list results,\n"
 "and into the bytearray statuses: 0 not run, 1 returned, 2 raised. At most limit\n"
 "of them are under way at a time. Cancelling the caller cancels those that have\n"
-"begun, and the others are not begun, or, with finish, are begun nevertheless; the\n"
-"caller is cancelled when all have ended. With shield they are not cancelled.\n"
+"begun, and the others are not begun, or, with finish, are begun nevertheless and\n"
+"cancelled where they first suspend; the caller is cancelled when all have ended.\n"
+"With shield they are not cancelled.\n"
 "With fail_fast the first that fails has the same effect as cancelling the caller.\n"
 "Raises CancelledError, a SystemExit or KeyboardInterrupt of a target, or why a\n"
 "task could not be created.");

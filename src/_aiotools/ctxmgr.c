@@ -742,12 +742,17 @@ CtxMgr_call(PyObject *op, PyObject *args, PyObject *kwargs)
 static PyObject *
 ctxmgr_get_doc(CtxMgrObject *self, PyObject *name)
 {
-    PyObject *func = NULL;
-    if (self->dict == NULL) {
-        func = ctxmgr_get(self, &self->func);
+    PyObject *dict = ctxmgr_get(self, &self->dict);
+    PyObject *doc = NULL;
+    if (dict != NULL) {
+        int found = PyDict_GetItemRef(dict, name, &doc);
+        Py_DECREF(dict);
+        if (found != 0) {
+            return doc;
+        }
     }
+    PyObject *func = ctxmgr_get(self, &self->func);
     if (func != NULL) {
-        PyObject *doc;
         int found = PyObject_GetOptionalAttr(func, name, &doc);
         Py_DECREF(func);
         if (found < 0 || (found > 0 && doc != Py_None)) {
@@ -1014,11 +1019,13 @@ helper_vectorcall(PyObject *helper, PyObject *const *args, size_t nargsf, PyObje
     PyObject *cls = PyCell_Get(PyTuple_GET_ITEM(closure, 0));
     PyObject *func = PyCell_Get(PyTuple_GET_ITEM(closure, 1));
     PyObject *manager = NULL;
-    if (cls != NULL && func != NULL) {
-        manager = ctxmgr_new(aiot_state_of_exact_type((PyTypeObject *)cls), func, args, nargsf, kwnames);
+    aiot_state *state = cls != NULL && PyType_Check(cls) ? aiot_state_of_type((PyTypeObject *)cls) : NULL;
+    if (state != NULL && cls == (PyObject *)state->CtxMgrType && func != NULL) {
+        manager = ctxmgr_new(state, func, args, nargsf, kwnames);
     }
     else {
-        PyErr_SetString(PyExc_NameError, "the closure of the function was emptied");
+        /* The cells of a closure can be written to. */
+        PyErr_SetString(PyExc_TypeError, "the closure of a function made by async_ctx_manager() was changed");
     }
     Py_XDECREF(cls);
     Py_XDECREF(func);
