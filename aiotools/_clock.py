@@ -84,12 +84,14 @@ class VirtualClock(_Clock):
         ``time.time()``, ``time.monotonic()`` and their ``_ns`` variants give the virtual time too, in this
         thread, for all who look them up in the module.
 
-        What is pending when the block is entered or left keeps its remaining delay. Patches of several clocks
-        nest; the inner one holds. On the way out, whatever it is, the loop gets its own clock back.
+        What asyncio armed before the block stays in real time, so that a real timeout around a test still guards it;
+        deadlines of aiotools from before, and everything that is pending when the block is left, keep their remaining
+        delay. Patches of several clocks nest; the inner one holds. On the way out, whatever it is, the loop gets its
+        own clock back.
 
         On the default loop its selector is watched. Other loops (uvloop) have ``time``, ``call_later``, ``call_at`` and
-        ``call_soon`` replaced; there, asyncio's deadlines from before the block stay in real time, ``io="hold"`` is
-        refused, and name resolution is seen only where it is asked for through the loop's methods.
+        ``call_soon`` replaced; there ``io="hold"`` is refused, and name resolution is seen only where it is asked for
+        through the loop's methods.
 
         Raises TypeError or ValueError for wrong arguments; on entering, RuntimeError without a running loop, for a loop
         that can't be patched (naming its class), and for a clock that is in another loop already.
@@ -154,6 +156,8 @@ class _Stack:
         # (object, name, ours, what its __dict__ had before)
         self.replaced: list[tuple[Any, str, Any, Any]] = []
         self.selector: Any = None
+        # What asyncio armed before, which stays in real time: a heap of its handles.
+        self.before: list[asyncio.TimerHandle] = []
         if isinstance(loop, asyncio.BaseEventLoop):
             self.selector = getattr(loop, "_selector", None)
         if callable(getattr(self.selector, "select", None)):
@@ -191,7 +195,7 @@ class _Stack:
             self.replace(loop, "call_later", driver.call_later)
             self.replace(loop, "run_in_executor", self.holding_future(loop.run_in_executor))
             if self.selector is not None:
-                self.replace(self.selector, "select", driver.select)
+                self.replace(self.selector, "select", self.select if getattr(loop, "_scheduled", None) else driver.select)
             else:
                 self.replace(loop, "call_soon", driver.call_soon)
                 self.replace(loop, "call_soon_threadsafe", driver.call_soon_threadsafe)
@@ -264,7 +268,8 @@ class _Stack:
             delta = patch.clock.vtime - now
             self.driver.enter(patch.clock, delta, patch.manual, patch.executor, _IO_MODES[patch.io], patch.on_stuck)
             if len(self.patches) == 1:
-                self.adopt(delta)
+                # Our timer queue has taken back its own handle by now.
+                self.set_aside()
         except BaseException:
             with contextlib.suppress(Exception):
                 self.remove(patch)
@@ -296,29 +301,44 @@ class _Stack:
                 return float(before())
         return float(type(self.loop).time(self.loop))
 
-    def adopt(self, delta: float) -> None:
-        """Take over what the default loop had armed; that of other loops cannot be seen."""
+    # -- real time ---------------------------------------------------------------
+
+    def set_aside(self) -> None:
+        """Keep what the default loop had armed out of virtual time. (Other loops keep theirs to themselves.)"""
         scheduled = getattr(self.loop, "_scheduled", None) if self.selector is not None else None
         if not scheduled:
             return
         loop: Any = self.loop
-        handles = sorted(scheduled, key=lambda handle: handle._when)
-        scheduled.clear()
-        loop._timer_cancelled_count = 0
-        for handle in handles:
+        self.before = [handle for handle in scheduled if not handle.cancelled()]
+        heapq.heapify(self.before)
+        for handle in scheduled:
             # So that its cancel() does not count in the loop's queue.
             handle._scheduled = False
-            if not handle.cancelled():
-                handle._when += delta
-                self.driver.adopt(handle, handle._when)
+        scheduled.clear()
+        loop._timer_cancelled_count = 0
+
+    def select(self, timeout: float | None = None) -> Any:
+        """The driver's select(), but for what is due in real time."""
+        loop: Any = self.loop
+        before = self.before
+        while before and before[0].cancelled():
+            heapq.heappop(before)
+        if before:
+            left = before[0].when() - self.real_time()
+            if left <= 0:
+                while before and before[0].when() - self.real_time() <= 0:
+                    loop._ready.append(heapq.heappop(before))
+                left = 0.0
+            timeout = left if timeout is None else min(timeout, left)
+        return self.driver.select(timeout)
 
     def leave(self, clock: VirtualClock) -> None:
         loop: Any = self.loop
         closed = loop.is_closed()
-        delta = 0.0 if closed else loop.time() - clock.vtime
-        for handle, when in self.driver.leave(delta, closed):
-            if not handle.cancelled():
-                handle._when = when
+        self.driver.leave(0.0 if closed else loop.time() - clock.vtime, closed)
+        while self.before:
+            handle: Any = self.before.pop()
+            if not handle.cancelled() and not closed:
                 handle._scheduled = True
                 heapq.heappush(loop._scheduled, handle)
 

@@ -405,49 +405,52 @@ class TestTimeouts:
 
 
 class TestRemainingDelay:
-    @pytest.mark.loop_kinds("default", "eager", "debug", reason="uvloop does not show what it has armed")
-    async def test_what_asyncio_armed_before_keeps_it(self):
+    async def test_what_asyncio_armed_before_stays_in_real_time(self):
         loop = asyncio.get_running_loop()
-        clock = VirtualClock()
-        clock.vtime = 77
-        seen = []
-        loop.call_later(1000, lambda: seen.append(round(clock.vtime, 1)))
-        gone = loop.call_later(1001, seen.append, "gone")
-        dead = loop.call_later(1, seen.append, "dead")
-        dead.cancel()
-        waiting = asyncio.create_task(asyncio.sleep(2000))
-        await turns()
-        with clock.patch_loop():
-            assert gone.when() == pytest.approx(1078, abs=10)
+        fired = loop.create_future()
+        loop.call_later(0.02, fired.set_result, None)
+        gone = loop.call_later(0.01, fired.set_exception, AssertionError("was cancelled"))
+        later = loop.call_later(1000, fired.set_exception, AssertionError("is not due"))
+        began = real_now(loop)
+        with VirtualClock().patch_loop() as clock:
             gone.cancel()
-            await waiting
-            assert clock.vtime == pytest.approx(2077, abs=10)
-        assert seen == [pytest.approx(1077, abs=10)]
+            await asyncio.sleep(1e9)
+            assert not fired.done()
+            await fired
+            assert real_now(loop) >= began + 0.02
+            assert clock.vtime == 1e9
+        assert later.when() == pytest.approx(began + 1000, abs=10)
+        later.cancel()
 
-    @pytest.mark.loop_kinds("default", "eager", "debug", reason="uvloop does not show what it has armed")
-    async def test_what_asyncio_armed_before_goes_back(self):
+    async def test_a_real_timeout_around_the_block_guards_it(self):
+        """Also when virtual time goes on without end."""
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.02):
+                with VirtualClock().patch_loop():
+                    while True:
+                        await asyncio.sleep(1000)
+
+    async def test_a_real_timeout_that_is_not_reached_does_not_fire_in_virtual_time(self):
+        async with asyncio.timeout(60):
+            with VirtualClock().patch_loop() as clock:
+                await asyncio.sleep(86400)
+                assert clock.vtime == 86400
+
+    async def test_what_asyncio_armed_before_wakes_a_loop_that_has_nothing_else(self):
         loop = asyncio.get_running_loop()
-        before = real_now(loop)
-        handle = loop.call_later(1000, print)
-        short = loop.create_future()
-        loop.call_later(0.02, short.set_result, None)
-        clock = VirtualClock()
-        with clock.patch_loop(manual=True):
-            pass
-        assert handle.when() - before == pytest.approx(1000, abs=10)
-        await short
-        assert real_now(loop) >= before + 0.02
-        handle.cancel()
+        fired = loop.create_future()
+        loop.call_later(0.02, fired.set_result, None)
+        with VirtualClock().patch_loop(manual=True) as clock:
+            await fired
+            assert clock.vtime == 0
 
-    @pytest.mark.loop_kinds("uvloop", reason="what it has armed stays with it")
-    async def test_what_uvloop_armed_before_stays_in_real_time(self):
+    async def test_what_asyncio_armed_before_goes_on_after_it(self):
         loop = asyncio.get_running_loop()
         fired = loop.create_future()
         loop.call_later(0.02, fired.set_result, None)
         with VirtualClock().patch_loop():
-            await asyncio.sleep(1000)
-            assert not fired.done()
-            await fired
+            await asyncio.sleep(1)
+        await fired
 
     async def test_what_aiotools_armed_before_keeps_it(self):
         clock = VirtualClock()

@@ -61,7 +61,7 @@ struct DriverObject {
     PyObject *registered;       /* what the selector watches, or NULL */
     PyObject *on_stuck;         /* called when nothing can wake the loop; true: it made something ready */
     aiot_heap handles;
-    aiot_heap targets;          /* of advance(): handles whose `foreign` is the future to be completed */
+    aiot_heap targets;          /* of advance(): handles whose `future` is to be completed */
     uint64_t generation;        /* changes with each change of clock */
     unsigned long thread;
     Py_ssize_t own_registered;  /* the loop's own in `registered` */
@@ -86,13 +86,11 @@ typedef struct {
     PyObject *args;             /* tuple */
     PyObject *context;
     PyObject *inner;            /* the loop's own handle, once there is one */
-    PyObject *foreign;          /* a handle of the loop from before, or the future of advance() */
+    PyObject *future;           /* of advance(), for a target */
     double when;
     bool cancelled;
     bool is_tick;               /* armed by our timer queue */
 } HandleObject;
-
-static PyMethodDef run_foreign_def;
 
 static HandleObject *
 handle_of(aiot_heap_node *node)
@@ -268,16 +266,15 @@ handle_call_soon(HandleObject *self)
         return -1;
     }
     PyObject *inner = NULL;
-    PyObject *callback = self->foreign == NULL ? Py_NewRef(self->callback)
-                                               : PyCFunction_New(&run_foreign_def, (PyObject *)self);
+    PyObject *callback = Py_NewRef(self->callback);
     PyObject *args = Py_XNewRef(self->args);
     PyObject *context = Py_XNewRef(self->context);
     PyObject *call_soon = PyObject_GetAttr(loop, state->str_call_soon);
-    if (call_soon != NULL && callback != NULL) {
+    if (call_soon != NULL) {
         inner = call_with_args(state, call_soon, NULL, callback, args, context);
     }
     Py_XDECREF(call_soon);
-    Py_XDECREF(callback);
+    Py_DECREF(callback);
     Py_XDECREF(args);
     Py_XDECREF(context);
     Py_DECREF(loop);
@@ -287,32 +284,6 @@ handle_call_soon(HandleObject *self)
     Py_XSETREF(self->inner, inner);
     return 0;
 }
-
-/* A handle of the loop from before the patch. It may be cancelled at any time, without our knowing. */
-static PyObject *
-Handle_run_foreign(PyObject *op, PyObject *Py_UNUSED(ignored))
-{
-    HandleObject *self = (HandleObject *)op;
-    PyObject *foreign = self->foreign;
-    if (foreign == NULL) {
-        Py_RETURN_NONE;
-    }
-    self->foreign = NULL;
-    PyObject *cancelled = PyObject_CallMethod(foreign, "cancelled", NULL);
-    int dead = cancelled == NULL ? -1 : PyObject_IsTrue(cancelled);
-    Py_XDECREF(cancelled);
-    PyObject *result = NULL;
-    if (dead == 0) {
-        result = PyObject_CallMethod(foreign, "_run", NULL);
-    }
-    else if (dead > 0) {
-        result = Py_NewRef(Py_None);
-    }
-    Py_DECREF(foreign);
-    return result;
-}
-
-static PyMethodDef run_foreign_def = {"run", Handle_run_foreign, METH_NOARGS, "Run the handle from before."};
 
 /* The tick of our timer queue, in place: it saves a turn of the loop. 0 or -1. */
 static int
@@ -370,20 +341,6 @@ next_deadline(DriverObject *self, double *when)
             }
             continue;
         }
-        if (handle->foreign != NULL) {
-            Py_INCREF(handle);
-            int over = is_over(handle->foreign, "cancelled");
-            if (over > 0 && aiot_heap_has(&handle->node)) {
-                Py_DECREF(handle_take(&self->handles, handle));
-            }
-            Py_DECREF(handle);
-            if (over < 0) {
-                return -1;
-            }
-            if (over) {
-                continue;
-            }
-        }
         break;
     }
     node = aiot_heap_first(&self->handles);
@@ -399,7 +356,7 @@ next_target(DriverObject *self, double *when)
     while ((node = aiot_heap_first(&self->targets)) != NULL) {
         HandleObject *handle = handle_of(node);
         Py_INCREF(handle);
-        int over = is_over(handle->foreign, "done");
+        int over = is_over(handle->future, "done");
         if (over > 0 && aiot_heap_has(&handle->node)) {
             Py_DECREF(handle_take(&self->targets, handle));
         }
@@ -459,7 +416,7 @@ reach_target(DriverObject *self, double target)
         self->clock->vtime = target;
     }
     HandleObject *handle = handle_take(&self->targets, handle_of(aiot_heap_first(&self->targets)));
-    PyObject *result = PyObject_CallMethodOneArg(handle->foreign, self->loop->state->str_set_result, Py_None);
+    PyObject *result = PyObject_CallMethodOneArg(handle->future, self->loop->state->str_set_result, Py_None);
     Py_DECREF(handle);
     Py_XDECREF(result);
     return result == NULL ? -1 : 0;
@@ -961,38 +918,27 @@ Driver_enter(PyObject *op, PyObject *args)
 
 /* One of the handles that are pending when the last clock leaves. 0 or -1. */
 static int
-give_back(DriverObject *self, HandleObject *handle, PyObject *foreign)
+give_back(DriverObject *self, HandleObject *handle)
 {
     PyObject *when = PyFloat_FromDouble(handle->when);
-    int failed = -1;
     if (when == NULL) {
         return -1;
     }
-    if (handle->foreign != NULL) {
-        PyObject *pair = PyTuple_Pack(2, handle->foreign, when);
-        if (pair != NULL) {
-            failed = PyList_Append(foreign, pair);
-            Py_DECREF(pair);
-        }
-    }
-    else {
-        PyObject *callback = Py_NewRef(handle->callback);
-        PyObject *inner = call_with_args(self->loop->state, self->loop_call_at, when, callback, handle->args,
-                                         handle->context);
-        Py_DECREF(callback);
-        if (inner != NULL) {
-            Py_XSETREF(handle->inner, inner);
-            failed = 0;
-        }
-    }
+    PyObject *callback = Py_NewRef(handle->callback);
+    PyObject *inner = call_with_args(self->loop->state, self->loop_call_at, when, callback, handle->args,
+                                     handle->context);
+    Py_DECREF(callback);
     Py_DECREF(when);
-    return failed;
+    if (inner == NULL) {
+        return -1;
+    }
+    Py_XSETREF(handle->inner, inner);
+    return 0;
 }
 
 PyDoc_STRVAR(leave_doc,
 "leave($self, delta, is_closed, /)\n--\n\n"
-"Give the loop its own clock back, whose reading is delta more; all that is pending keeps its remaining delay.\n\n"
-"Returns [(handle from before, when)] for those that came through adopt().");
+"Give the loop its own clock back, whose reading is delta more; all that is pending keeps its remaining delay.");
 
 static PyObject *
 Driver_leave(PyObject *op, PyObject *args)
@@ -1001,10 +947,6 @@ Driver_leave(PyObject *op, PyObject *args)
     double delta;
     int is_closed;
     if (!PyArg_ParseTuple(args, "dp:leave", &delta, &is_closed)) {
-        return NULL;
-    }
-    PyObject *foreign = PyList_New(0);
-    if (foreign == NULL) {
         return NULL;
     }
     Py_CLEAR(self->clock);
@@ -1016,7 +958,7 @@ Driver_leave(PyObject *op, PyObject *args)
     while ((node = aiot_heap_first(&self->handles)) != NULL) {
         HandleObject *handle = handle_take(&self->handles, handle_of(node));
         /* All of them, whatever happens to one. */
-        if (!is_closed && give_back(self, handle, foreign) < 0) {
+        if (!is_closed && give_back(self, handle) < 0) {
             PyObject *other = PyErr_GetRaisedException();
             if (exc == NULL) {
                 exc = other;
@@ -1029,7 +971,7 @@ Driver_leave(PyObject *op, PyObject *args)
     }
     while ((node = aiot_heap_first(&self->targets)) != NULL) {
         HandleObject *handle = handle_take(&self->targets, handle_of(node));
-        PyObject *result = PyObject_CallMethodNoArgs(handle->foreign, self->loop->state->str_cancel);
+        PyObject *result = PyObject_CallMethodNoArgs(handle->future, self->loop->state->str_cancel);
         if (result == NULL) {
             PyErr_Clear();
         }
@@ -1037,34 +979,7 @@ Driver_leave(PyObject *op, PyObject *args)
         Py_DECREF(handle);
     }
     if (exc != NULL) {
-        Py_DECREF(foreign);
         PyErr_SetRaisedException(exc);
-        return NULL;
-    }
-    return foreign;
-}
-
-PyDoc_STRVAR(adopt_doc,
-"adopt($self, handle, when, /)\n--\n\n"
-"Take over a pending handle of the loop itself.");
-
-static PyObject *
-Driver_adopt(PyObject *op, PyObject *args)
-{
-    DriverObject *self = (DriverObject *)op;
-    PyObject *foreign;
-    double when;
-    if (!PyArg_ParseTuple(args, "Od:adopt", &foreign, &when)) {
-        return NULL;
-    }
-    HandleObject *handle = handle_new(self, NULL, NULL, NULL, when);
-    if (handle == NULL) {
-        return NULL;
-    }
-    handle->foreign = Py_NewRef(foreign);
-    int failed = handle_push(&self->handles, handle, when);
-    Py_DECREF(handle);
-    if (failed || ensure_probe(self) < 0) {
         return NULL;
     }
     Py_RETURN_NONE;
@@ -1091,7 +1006,7 @@ Driver_advance(PyObject *op, PyObject *args)
     if (handle == NULL) {
         return NULL;
     }
-    handle->foreign = Py_NewRef(future);
+    handle->future = Py_NewRef(future);
     int failed = handle_push(&self->targets, handle, self->clock->vtime + seconds);
     Py_DECREF(handle);
     if (failed || ensure_probe(self) < 0) {
@@ -1128,7 +1043,6 @@ static PyMethodDef Driver_methods[] = {
     {"select", (PyCFunction)(void (*)(void))Driver_select, METH_FASTCALL, select_doc},
     {"enter", Driver_enter, METH_VARARGS, enter_doc},
     {"leave", Driver_leave, METH_VARARGS, leave_doc},
-    {"adopt", Driver_adopt, METH_VARARGS, adopt_doc},
     {"advance", Driver_advance, METH_VARARGS, advance_doc},
     {"hold", Driver_hold, METH_NOARGS, "hold($self, /)\n--\n\nWork from outside is under way: time stands still."},
     {"release", Driver_release, METH_NOARGS, "release($self, /)\n--\n\nThe opposite of hold()."},
@@ -1298,7 +1212,7 @@ Handle_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(self->args);
     Py_VISIT(self->context);
     Py_VISIT(self->inner);
-    Py_VISIT(self->foreign);
+    Py_VISIT(self->future);
     return 0;
 }
 
@@ -1312,7 +1226,7 @@ Handle_clear(PyObject *op)
     Py_CLEAR(self->args);
     Py_CLEAR(self->context);
     Py_CLEAR(self->inner);
-    Py_CLEAR(self->foreign);
+    Py_CLEAR(self->future);
     return 0;
 }
 
