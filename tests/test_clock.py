@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import gc
 import inspect
+import itertools
 import math
 import random
 import signal
@@ -427,7 +428,7 @@ class TestRemainingDelay:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.02):
                 with VirtualClock().patch_loop():
-                    while True:
+                    for _ in itertools.count():
                         await asyncio.sleep(1000)
 
     async def test_a_real_timeout_that_is_not_reached_does_not_fire_in_virtual_time(self):

@@ -268,8 +268,8 @@ class TestWithAsyncio:
         outer = asyncio.ensure_future(asyncio.shield(inner))
         await asyncio.sleep(0)
         outer.cancel()
-        done, pending = await asyncio.wait([inner, outer])
-        assert not pending and outer.cancelled() and inner.result() == "inner"
+        await asyncio.wait([inner, outer])
+        assert outer.cancelled() and inner.result() == "inner"
 
     async def test_run_coroutine_threadsafe(self):
         loop = asyncio.get_running_loop()
@@ -383,7 +383,9 @@ class TestTime:
             await aiotools.sleep(delay)
             return time.monotonic() - began - delay
 
-        early = [await asyncio.gather(*[one(0.0003 * (i % 40) + 0.00007 * i / 500) for i in range(500)]) for _ in range(6)]
+        early = [
+            await asyncio.gather(*[one(0.0003 * (i % 40) + 0.00007 * i / 500) for i in range(500)]) for _ in range(6)
+        ]
         assert min(map(min, early)) >= 0
 
     async def test_no_absolute_deadline_is_early_on_the_clock_of_the_loop(self):

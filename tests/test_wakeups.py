@@ -71,7 +71,9 @@ class TestWaiter:
             assert waiter.cancel() is False
             assert repr(waiter) == "<aiotools waiter woken>"
 
-    @pytest.mark.parametrize("args, kwargs, expected", [((), {}, ()), (("m",), {}, ("m",)), ((), {"msg": 5}, (5,)), ((None,), {}, ())])
+    @pytest.mark.parametrize(
+        "args, kwargs, expected", [((), {}, ()), (("m",), {}, ("m",)), ((), {"msg": 5}, (5,)), ((None,), {}, ())]
+    )
     async def test_once_it_was_cancelled(self, args, kwargs, expected):
         with Waiting() as waiter:
             assert waiter.cancel(*args, **kwargs) is True
@@ -255,7 +257,7 @@ class TestBatch:
 
     @pytest.mark.loop_kinds("default", "uvloop", "eager", reason="debug mode has no batch")
     async def test_a_batch_that_is_run_from_inside_itself_is_taken_over_by_the_inner_run(self, monkeypatch):
-        """As a loop that is turned from inside a callback does; asyncio has none, so the handle's function is called."""
+        """As a loop that is turned from inside a callback does; here the handle's function is called."""
         loop = asyncio.get_running_loop()
         drains = []
         call_soon = loop.call_soon
@@ -631,7 +633,8 @@ class TestSubinterpreters:
                 for _ in range(2):
                     ident = interpreters.create()
                     try:
-                        error = (interpreters.exec if hasattr(interpreters, "exec") else interpreters.run_string)(ident, code)
+                        run = getattr(interpreters, "exec", None) or interpreters.run_string
+                        error = run(ident, code)
                         if error is not None:
                             failed.append(error)
                     finally:
