@@ -3,6 +3,7 @@
 from ._aiotools import checkpoint, sleep, sleep_until
 from ._clock import VirtualClock
 from ._version import __version__
+from .barrier import AsyncBarrier, Barrier
 from .cancel import CancelRequest, UnfinishedTasksError, cancel_and_wait, cancel_requests, trace_cancellation
 from .compat import all_tasks, current_task, get_running_loop, set_task_name
 from .context import (
@@ -62,6 +63,9 @@ from .watchdog import LoopStats, LoopWatchdog
 
 __all__ = (
     "__version__",
+    # barrier
+    "AsyncBarrier",
+    "Barrier",
     # cancel
     "CancelRequest",
     "UnfinishedTasksError",

@@ -1,6 +1,7 @@
 /* module.c: start-up of aiotools._aiotools, and nothing else. Multi-phase, one state per interpreter. */
 
 #include "awaitable.h"
+#include "barrier.h"
 #include "cancel.h"
 #include "children.h"
 #include "clock.h"
@@ -105,6 +106,7 @@ module_exec(PyObject *module)
     if (fill_state(state) < 0
         || aiot_awaitable_add_types(module) < 0
         || aiot_loopstate_add_types(module) < 0
+        || aiot_barrier_add_types(module) < 0
         || aiot_clock_add_types(module) < 0
         || aiot_waiter_add_types(module) < 0
         || aiot_sleep_add_types(module) < 0

@@ -50,6 +50,9 @@
     V(time) \
     V(timeout) \
     V(uncancel) \
+    /* barrier */ \
+    V(action) \
+    V(parties) \
     /* context managers */ \
     V(__doc__) \
     V(aclose) \
@@ -95,6 +98,7 @@
 #define AIOT_IMPORTS(V) \
     V(AsyncQueueEmpty, "asyncio", "QueueEmpty") \
     V(AsyncQueueFull, "asyncio", "QueueFull") \
+    V(BrokenBarrierError, "asyncio", "BrokenBarrierError") \
     V(CancelledError, "asyncio", "CancelledError") \
     V(Collection, "collections.abc", "Collection") \
     V(InvalidStateError, "asyncio", "InvalidStateError") \
@@ -125,6 +129,8 @@
     V(QueueOpType) \
     V(QueueType) \
     V(SyncQueueType) \
+    V(BarrierType) \
+    V(BarrierWaitType) \
     V(CtxMgrType) \
     V(GroupRunType) \
     V(GroupWorkerType) \
@@ -177,6 +183,7 @@
 
 /* Objects that live for one await are kept for reuse (freelist.h): the field is free_NAME. */
 #define AIOT_FREE_LISTS(V) \
+    V(barrier_waits) \
     V(ctx_managers) \
     V(ctx_steps) \
     V(dones) \
