@@ -2,7 +2,7 @@
  *
  * Ownership:  the loop refers to its state (an attribute; where it takes none, the armed handles and all that is
  *             suspended do), the state only weakly to its loop: a closed loop goes when the last user lets go of it.
- *             Every set alarm, every ready waiter and every post is a reference from the state, as a
+ *             Every set alarm, every turn, every ready waiter and every post is a reference from the state, as a
  *             TimerHandle is one from the loop: a suspended task isn't collected in mid-sleep.
  * Invariants: at most one handle is armed for the alarms, never later than the earliest of them, except while a tick
  *             runs, which re-arms at its end. It isn't disarmed when deadlines only move later: one early
@@ -271,12 +271,14 @@ aiot_loop_deadline(AiotLoop *self, double delay, double *when)
 
 static PyObject *LoopState_tick(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_drain(PyObject *op, PyObject *ignored);
+static PyObject *LoopState_run_turns(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_run_posts(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_get_loop(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_loop_died(PyObject *op, PyObject *ref);
 
 static PyMethodDef tick_def = {"aiotools_tick", LoopState_tick, METH_NOARGS, "Fire what is due."};
 static PyMethodDef drain_def = {"aiotools_drain", LoopState_drain, METH_NOARGS, "Run the wake-ups that are ready."};
+static PyMethodDef turns_def = {"aiotools_run_turns", LoopState_run_turns, METH_NOARGS, "Run what asked for a turn."};
 static PyMethodDef posts_def = {"aiotools_run_posts", LoopState_run_posts, METH_NOARGS,
                                 "Run what other threads handed over."};
 static PyMethodDef loop_died_def = {"aiotools_loop_died", LoopState_loop_died, METH_O, "The event loop is gone."};
@@ -419,6 +421,25 @@ rearm_tick(AiotLoop *self, double early_until)
     return failed;
 }
 
+/* Sees to it that what asked for a turn gets one. */
+static int
+arm_turns(AiotLoop *self)
+{
+    if (self->turns_first == NULL || self->turns_armed) {
+        return 0;
+    }
+    PyObject *callback = PyCFunction_New(&turns_def, (PyObject *)self);
+    if (callback == NULL) {
+        return -1;
+    }
+    int failed = aiot_loop_call_soon(self, callback, NULL, NULL);
+    Py_DECREF(callback);
+    if (!failed) {
+        self->turns_armed = true;
+    }
+    return failed;
+}
+
 int
 aiot_loop_arm_tick(AiotLoop *self)
 {
@@ -496,7 +517,120 @@ LoopState_tick(PyObject *op, PyObject *Py_UNUSED(ignored))
         early_until = -INFINITY;
     }
     PyObject *exc = failed ? PyErr_GetRaisedException() : NULL;
-    int not_armed = rearm_tick(self, early_until);
+    int not_armed = arm_turns(self);
+    if (not_armed) {
+        /* Whatever is wrong there, the deadlines are looked after. */
+        PyErr_WriteUnraisable(op);
+    }
+    not_armed = rearm_tick(self, early_until);
+    if (exc != NULL) {
+        if (not_armed) {
+            PyErr_WriteUnraisable(op);
+        }
+        PyErr_SetRaisedException(exc);
+        return NULL;
+    }
+    if (not_armed) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- turns -------------------------------------------------------------------------------------------------- */
+
+int
+aiot_turn_ask(AiotLoop *self, aiot_turn *turn)
+{
+    if (turn->queued) {
+        return 0;
+    }
+    if (self->loop == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "Event loop is closed");
+        return -1;
+    }
+    turn->queued = true;
+    Py_INCREF(turn->owner);
+    Py_BEGIN_CRITICAL_SECTION(self);
+    aiot_turn *last = self->turns_last;
+    turn->next = NULL;
+    if (last == NULL) {
+        self->turns_first = turn;
+    }
+    else {
+        last->next = turn;
+    }
+    self->turns_last = turn;
+    self->turns_asked++;
+    Py_END_CRITICAL_SECTION();
+    if (self->ticking > 0 || self->turning > 0 || arm_turns(self) == 0) {
+        return 0;
+    }
+    /* Take it back. Others may have come behind it meanwhile. */
+    bool taken = false;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    aiot_turn **place = &self->turns_first, *before = NULL;
+    while (*place != NULL && *place != turn) {
+        before = *place;
+        place = &before->next;
+    }
+    if (*place == turn) {
+        *place = turn->next;
+        if (self->turns_last == turn) {
+            self->turns_last = before;
+        }
+        turn->queued = false;
+        self->turns_asked--;
+        taken = true;
+    }
+    Py_END_CRITICAL_SECTION();
+    if (taken) {
+        Py_DECREF(turn->owner);
+    }
+    return -1;
+}
+
+static aiot_turn *
+pop_turn(AiotLoop *self)
+{
+    aiot_turn *turn;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    turn = self->turns_first;
+    if (turn != NULL) {
+        self->turns_first = turn->next;
+        if (turn->next == NULL) {
+            self->turns_last = NULL;
+        }
+        turn->next = NULL;
+        turn->queued = false;
+        self->turns_popped++;
+    }
+    Py_END_CRITICAL_SECTION();
+    return turn;
+}
+
+static PyObject *
+LoopState_run_turns(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    AiotLoop *self = (AiotLoop *)op;
+    self->turns_armed = false;
+    if (self->loop == NULL) {
+        Py_RETURN_NONE;
+    }
+    /* What asks for a turn from now on gets the next one. */
+    uint64_t limit = self->turns_asked;
+    aiot_turn *turn;
+    int failed = 0;
+    self->turning++;
+    while (self->turns_popped < limit && !failed && (turn = pop_turn(self)) != NULL) {
+        PyObject *owner = turn->owner;
+        if (turn->run(self, owner) < 0) {
+            failed = aiot_loop_report(self, "Exception in a turn of aiotools", NULL, NULL);
+        }
+        Py_DECREF(owner);
+    }
+    self->turning--;
+    PyObject *exc = failed ? PyErr_GetRaisedException() : NULL;
+    int not_armed = arm_turns(self);
     if (exc != NULL) {
         if (not_armed) {
             PyErr_WriteUnraisable(op);
@@ -887,6 +1021,9 @@ LoopState_traverse(PyObject *op, visitproc visit, void *arg)
     for (size_t i = 0; i < aiot_heap_len(&self->alarms); i++) {
         Py_VISIT(AIOT_CONTAINER_OF(aiot_heap_at(&self->alarms, i), aiot_alarm, node)->owner);
     }
+    for (aiot_turn *turn = self->turns_first; turn != NULL; turn = turn->next) {
+        Py_VISIT(turn->owner);
+    }
     for (aiot_post *post = self->posts_first; post != NULL; post = post->next) {
         Py_VISIT(post->owner);
     }
@@ -904,6 +1041,10 @@ LoopState_clear(PyObject *op)
     while ((first = aiot_heap_first(&self->alarms)) != NULL) {
         aiot_heap_remove(&self->alarms, first);
         Py_DECREF(AIOT_CONTAINER_OF(first, aiot_alarm, node)->owner);
+    }
+    aiot_turn *turn;
+    while ((turn = pop_turn(self)) != NULL) {
+        Py_DECREF(turn->owner);
     }
     while (self->ready_first != NULL) {
         AiotWaiter *waiter = self->ready_first;

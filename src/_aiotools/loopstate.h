@@ -1,8 +1,9 @@
 /* loopstate.h: what belongs to one event loop: its timer queue, its batch of wake-ups, its clock.
  *
- * Three services, all of them for the thread of the loop unless they say otherwise:
+ * Four services, all of them for the thread of the loop unless they say otherwise:
  *
  *   alarms     deadlines embedded in their owners; the loop sees one armed handle for the earliest
+ *   turns      work for the next turn of the loop; one call_soon for all that is asked for in one tick
  *   wake-ups   waiters that became ready (waiter.h), run in one batch from one call_soon
  *   posts      work that any thread hands to the loop, one call_soon_threadsafe per burst
  */
@@ -20,6 +21,7 @@ typedef struct AiotLoop AiotLoop;
 typedef struct AiotWaiter AiotWaiter;
 typedef struct aiot_alarm aiot_alarm;
 typedef struct aiot_post aiot_post;
+typedef struct aiot_turn aiot_turn;
 
 /* ---- alarms ------------------------------------------------------------------------------------------------- */
 
@@ -53,6 +55,31 @@ int aiot_alarm_set(AiotLoop *loop, aiot_alarm *alarm, double when);
 /* Takes it off the queue if it is there. Drops the queue's reference to the owner: hold one of your own. */
 void aiot_alarm_cancel(AiotLoop *loop, aiot_alarm *alarm);
 
+/* ---- turns -------------------------------------------------------------------------------------------------- */
+
+/* Embedded in its owner; while it is queued the loop state owns a reference to owner. run is called from the loop, once,
+ * after all that call_soon was asked for before; asked for in a tick or in another turn, after all that is asked
+ * for until that is over: the first steps of tasks that were made there are done then. It may ask for another turn, and
+ * leaves exceptions as fire does. There is no way to take it back: let run find nothing to do. */
+struct aiot_turn {
+    aiot_turn *next;
+    PyObject *owner;
+    int (*run)(AiotLoop *loop, PyObject *owner);
+    bool queued;
+};
+
+static inline void
+aiot_turn_init(aiot_turn *turn, PyObject *owner, int (*run)(AiotLoop *, PyObject *))
+{
+    turn->next = NULL;
+    turn->owner = owner;
+    turn->run = run;
+    turn->queued = false;
+}
+
+/* Asked for already: does nothing. 0, or -1 with an exception and nothing changed. */
+int aiot_turn_ask(AiotLoop *loop, aiot_turn *turn);
+
 /* ---- posts: from any thread --------------------------------------------------------------------------------- */
 
 /* Embedded in its owner; until it was run the loop state owns a reference to owner. run is called in the thread
@@ -83,6 +110,7 @@ struct AiotLoop {
     uint64_t ready_pushed, ready_popped;    /* callbacks, counted since ever */
     bool drain_armed;               /* a call_soon of the drain is under way */
     bool coarse;                    /* loop.time() counts milliseconds: uvloop, winloop */
+    bool no_eager_start;            /* its create_task() was seen not to take eager_start */
     /* timer queue */
     int ticking;                    /* depth of running ticks */
     double tick_now;                /* the clock reading of the running tick */
@@ -92,6 +120,11 @@ struct AiotLoop {
     aiot_heap alarms;
     /* scopes (shield.h): task -> its innermost open frame, nothing owned */
     aiot_ptrmap frames;
+    /* turns */
+    aiot_turn *turns_first, *turns_last;
+    uint64_t turns_asked, turns_popped;     /* since ever */
+    int turning;                    /* depth of running turns */
+    bool turns_armed;               /* a call_soon for them is under way */
     /* posts */
     aiot_mutex posts_lock;
     aiot_post *posts_first, *posts_last;
@@ -129,7 +162,7 @@ PyObject *aiot_loop_object(AiotLoop *loop);
 int aiot_loop_arm_drain(AiotLoop *loop);
 
 /* Before a fire function runs code of a user, who may run the loop from inside: arms the handle that a tick otherwise
- * arms at its end. 0 or -1. */
+ * arms at its end. (Not the one for turns, which would come too early for them.) 0 or -1. */
 int aiot_loop_arm_tick(AiotLoop *loop);
 
 /* loop.get_debug(): 1, 0 or -1. */
