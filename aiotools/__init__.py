@@ -1,7 +1,6 @@
 """Idiomatic helpers for asyncio, with a core written in C."""
 
 from ._aiotools import checkpoint, sleep, sleep_until
-from ._clock import VirtualClock
 from ._version import __version__
 from .barrier import AsyncBarrier, Barrier
 from .cancel import CancelRequest, UnfinishedTasksError, cancel_and_wait, cancel_requests, trace_cancellation
@@ -58,6 +57,7 @@ from .taskgroup import (
 )
 from .taskscope import ShieldScope, TaskScope, move_on_after
 from .thread import LoopThread
+from .timer import Timer, TimerDelayPolicy, VirtualClock, create_timer
 from .types import AsyncClosable, AwaitableLike, CoroutineLike
 from .watchdog import LoopStats, LoopWatchdog
 
@@ -151,7 +151,10 @@ __all__ = (
     # thread
     "LoopThread",
     # timer
+    "Timer",
+    "TimerDelayPolicy",
     "VirtualClock",
+    "create_timer",
     # types
     "AsyncClosable",
     "AwaitableLike",

@@ -17,6 +17,8 @@ from contextvars import ContextVar
 from types import EllipsisType, TracebackType
 from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, Self, SupportsIndex, TypeVar, final, overload
 
+from _typeshed import structseq
+
 if sys.version_info >= (3, 13):
     from asyncio import QueueShutDown as _AsyncQueueShutDown
     from queue import ShutDown as _SyncQueueShutDown
@@ -395,6 +397,52 @@ class AsyncQueue(Generic[_T]):
     def join(self, /) -> Coroutine[Any, Any, None]: ...
     def __aiter__(self) -> Self: ...
     def __anext__(self) -> Coroutine[Any, Any, _T]: ...
+
+# timer.c
+@final
+class Timer(Task[None]):
+    @property
+    def next_due(self) -> float | None: ...
+    def reschedule(self, interval: float, /) -> None: ...
+    def pause(self, /) -> None: ...
+    def resume(self, /) -> None: ...
+    def trigger(self, /) -> None: ...
+    def stats(self, /) -> TimerStats: ...
+
+@final
+class TimerStats(structseq[Any], tuple[int, int, int, int, BaseException | None, float, float]):
+    @property
+    def ticks(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def skipped(self) -> int: ...
+    @property
+    def errors(self) -> int: ...
+    @property
+    def last_error(self) -> BaseException | None: ...
+    @property
+    def late_max(self) -> float: ...
+    @property
+    def late_mean(self) -> float: ...
+
+def _create_timer(
+    cb: Callable[[float], Coroutine[Any, Any, object]],
+    interval: float,
+    first: float | None,
+    jitter: float | Callable[[], float] | None,
+    limit: int | None,
+    overlap: str | int | None,
+    missed: str | None,
+    grace: float | None,
+    tick_timeout: float | None,
+    eager: bool,
+    on_error: str | Callable[[Timer, BaseException], object],
+    backoff_cap: float | None,
+    name: str | None,
+    context: contextvars.Context | None,
+    /,
+) -> Timer: ...
 
 # module.c
 def _loop_counts(loop: AbstractEventLoop, /) -> tuple[int, int]: ...

@@ -16,6 +16,7 @@
 #include "scope.h"
 #include "shield.h"
 #include "sleep.h"
+#include "timer.h"
 #include "waiter.h"
 #include "watchdog.h"
 
@@ -120,7 +121,8 @@ module_exec(PyObject *module)
         || aiot_children_add_types(module) < 0
         || aiot_cancel_add_types(module) < 0
         || aiot_scope_add_types(module) < 0
-        || aiot_queue_add_types(module) < 0)
+        || aiot_queue_add_types(module) < 0
+        || aiot_timer_add_types(module) < 0)
     {
         return -1;
     }

@@ -34,10 +34,12 @@
     V(eager_start) \
     V(exception) \
     V(exception_handler) \
+    V(get_coro) \
     V(get_debug) \
     V(get_loop) \
     V(get_task_factory) \
     V(is_closed) \
+    V(is_running) \
     V(loop) \
     V(message) \
     V(monotonic) \
@@ -49,6 +51,7 @@
     V(tasks) \
     V(time) \
     V(timeout) \
+    V(timer) \
     V(uncancel) \
     /* barrier */ \
     V(action) \
@@ -113,9 +116,12 @@
     V(copy_context, "contextvars", "copy_context") \
     V(current_task, "asyncio", "current_task") \
     V(decorator_call, "contextlib", "AsyncContextDecorator.__call__") \
+    V(enter_task, "asyncio", "_enter_task") \
     V(get_running_loop, "asyncio", "get_running_loop") \
     V(maybe_running_loop, "asyncio", "_get_running_loop") \
     V(namedtuple, "collections", "namedtuple") \
+    V(iscoroutine, "asyncio", "iscoroutine") \
+    V(leave_task, "asyncio", "_leave_task") \
     V(SimpleNamespace, "types", "SimpleNamespace") \
     V(time_module_dict, "time", "__dict__") \
     V(time_monotonic, "time", "monotonic")
@@ -159,6 +165,10 @@
     V(TaskContextType) \
     V(TaskGroupCoreType) \
     V(TaskScopeType) \
+    V(TimerRunType) \
+    V(TimerStatsType) \
+    V(TimerTickType) \
+    V(TimerType) \
     V(WaiterType) \
     V(WatchdogType)
 
@@ -175,6 +185,7 @@
     V(kw_context)         /* ("context",), for vectorcalls */ \
     V(kw_name)            /* ("name",) */ \
     V(loop_token)         /* LoopExceptionHandler.TOKEN */ \
+    V(kw_eager_start)     /* ("eager_start",) */ \
     V(no_loop)            /* stands in for a loop where a finished future needs one */ \
     V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */ \
     V(shield_var)         /* the context variable that says which shield one is inside */ \

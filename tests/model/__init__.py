@@ -1,0 +1,1 @@
+"""Models in pure Python that the tests compare our types with."""
