@@ -201,6 +201,11 @@ class TestExitCodes:
         assert await child.wait() == 77
 
 
+# How tasks are started, and debug mode, make no difference to a child; one class runs on all kinds of loop.
+two_loops = pytest.mark.loop_kinds("default", "uvloop", reason="the child does not know how tasks start")
+
+
+@two_loops
 class TestStart:
     async def test_the_child_has_its_dispositions_and_no_loop(self, mp_context):
         with Wire(mp_context) as wire:
@@ -284,6 +289,7 @@ class TestStart:
             assert wire.recv_eof() == []
 
 
+@two_loops
 class TestWait:
     async def test_every_waiter_gets_the_code(self, mp_context, child_class):
         with Wire(mp_context) as wire:
