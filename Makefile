@@ -65,8 +65,9 @@ test: build ## the suite on all loop kinds
 	$(PYTEST) $(ARGS) $(if $(CI),|| { echo "--- once more, what failed" && $(PYTEST) $(ARGS) --last-failed --last-failed-no-failures=none; })
 
 .PHONY: demo
-demo: build ## the main job on real input: a service with 1,000 clients, on the default loop and on uvloop
+demo: build ## a service with 1,000 clients on both loops, then with workers, a rolling restart and a kill in the middle
 	$(PY) examples/line_service.py
+	$(PY) examples/workers_demo.py
 
 .PHONY: test-c
 test-c: ## the C unit tests of the pure structures, under ASan and UBSan where the compiler has them
