@@ -195,7 +195,9 @@ class _Stack:
             self.replace(loop, "call_later", driver.call_later)
             self.replace(loop, "run_in_executor", self.holding_future(loop.run_in_executor))
             if self.selector is not None:
-                self.replace(self.selector, "select", self.select if getattr(loop, "_scheduled", None) else driver.select)
+                self.replace(
+                    self.selector, "select", self.select if getattr(loop, "_scheduled", None) else driver.select
+                )
             else:
                 self.replace(loop, "call_soon", driver.call_soon)
                 self.replace(loop, "call_soon_threadsafe", driver.call_soon_threadsafe)
@@ -487,9 +489,8 @@ def _describe_stuck(loop: asyncio.AbstractEventLoop, manual: bool) -> str:
             coro = coro.cr_await
         waiting.append(f"{task.get_name()} ({name}{place})")
     what = "no advance() of the clock, which is in manual mode," if manual else "no deadline,"
-    return (
-        f"nothing can wake the event loop again: there is {what} no I/O, and no executor job; waiting: "
-        + (", ".join(sorted(waiting)) or "no task")
+    return f"nothing can wake the event loop again: there is {what} no I/O, and no executor job; waiting: " + (
+        ", ".join(sorted(waiting)) or "no task"
     )
 
 
