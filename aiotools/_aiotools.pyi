@@ -79,6 +79,12 @@ class SendingContextManager(AsyncContextManager[_T_co]):
     def kwargs(self) -> dict[str, Any]: ...
 
 def _quicken_helper(helper: _F, /) -> _F: ...
+def _make_manager(
+    func: Callable[..., AsyncGenerator[_T, Any] | AsyncIterator[_T]],
+    args: tuple[Any, ...],
+    kwds: dict[str, Any],
+    /,
+) -> AsyncContextManager[_T]: ...
 
 # ctxgroup.c
 def _run_each(

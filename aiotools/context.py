@@ -21,6 +21,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar, cast
 from ._aiotools import (
     AsyncContextManager,
     _abort_run,
+    _make_manager,
     _quicken_helper,
     _run_each,
     closing_async,
@@ -81,7 +82,14 @@ def async_ctx_manager(
     def helper(*args: Any, **kwds: Any) -> Any:
         return cls(func, args, kwds)
 
-    return cast("Callable[_P, AsyncContextManager[_T]]", _quicken_helper(helper))
+    if sys.version_info >= (3, 12):
+        return cast("Callable[_P, AsyncContextManager[_T]]", _quicken_helper(helper))
+
+    @functools.wraps(func)
+    def old_helper(*args: Any, **kwds: Any) -> Any:
+        return _make_manager(func, args, kwds)
+
+    return cast("Callable[_P, AsyncContextManager[_T]]", old_helper)
 
 
 actxmgr = async_ctx_manager

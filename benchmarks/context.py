@@ -15,6 +15,7 @@ import contextlib
 import contextvars
 import functools
 import json
+import os
 import subprocess
 import sys
 import time
@@ -175,7 +176,10 @@ async def one_round(table, best):
 
 
 def ask_peer(python, loop):
-    done = subprocess.run([python, __file__, "--loop", loop, "--as-peer"], capture_output=True, text=True, check=True)
+    # Its own aiotools, not the tree's.
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, __file__, "--loop", loop, "--as-peer"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return json.loads(done.stdout)
 
 

@@ -1048,6 +1048,18 @@ class TestManager:
         run(main())
         assert gone == [1]
 
+    def test_managers_made_without_the_helper_of_3_12(self, run):
+        async def main():
+            async with _aiotools._make_manager(ends_normally, ([], False), {}) as value:
+                assert value == "value"
+
+        run(main())
+        for wrong in ((), (ends_normally, [], {}), (ends_normally, (), None)):
+            with pytest.raises(TypeError):
+                _aiotools._make_manager(*wrong)
+        with pytest.raises(TypeError, match="missing"):
+            _aiotools._make_manager(ends_normally, (), {})
+
     def test_the_helper_can_be_quickened_only_if_it_is_one(self):
         if sys.version_info < (3, 12):
             assert _aiotools._quicken_helper(len) is len

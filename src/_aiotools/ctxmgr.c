@@ -464,24 +464,89 @@ step_short_lock_held(CtxStepObject *self, PyObject *gen)
     return result;
 }
 
+/* 3.15 asks am_send first, where no StopIteration is needed. */
+static PySendResult
+step_short_send_lock_held(CtxStepObject *self, PyObject *gen, PyObject **result)
+{
+    PySendResult answer = PYGEN_ERROR;
+    self->phase = AIOT_RUNNING;
+    if (self->step == STEP_ENTER && ctxmgr_use_up((CtxMgrObject *)self->manager) < 0) {
+        Py_DECREF(gen);
+        self->phase = AIOT_FINISHED;
+        return PYGEN_ERROR;
+    }
+    PyObject *inner = Py_TYPE(gen)->tp_as_async->am_anext(gen);
+    Py_DECREF(gen);
+    if (inner != NULL) {
+        answer = PyIter_Send(inner, Py_None, result);
+        if (answer == PYGEN_NEXT) {
+            self->inner = inner;
+            self->phase = AIOT_SUSPENDED;
+            return answer;
+        }
+        Py_DECREF(inner);
+    }
+    if (self->step == STEP_ENTER && answer == PYGEN_RETURN) {
+        self->phase = AIOT_FINISHED;
+        return answer;
+    }
+    if (self->step == STEP_EXIT && answer == PYGEN_ERROR && PyErr_ExceptionMatches(PyExc_StopAsyncIteration)) {
+        PyErr_Clear();
+        self->phase = AIOT_FINISHED;
+        Py_CLEAR(self->manager);
+        return return_bool(0, result);
+    }
+    answer = step_answer(self, answer, result);
+    self->phase = answer == PYGEN_NEXT ? AIOT_SUSPENDED : AIOT_FINISHED;
+    return answer;
+}
+
+/* The generator, if the next step is the first and can go the short way. New reference or NULL; no exception. */
+static PyObject *
+step_get_short_lock_held(CtxStepObject *self)
+{
+    CtxMgrObject *manager = (CtxMgrObject *)self->manager;
+    if (self->phase != AIOT_CREATED || self->step > STEP_EXIT || manager->sends) {
+        return NULL;
+    }
+    PyObject *gen = ctxmgr_get(manager, &manager->gen);
+    if (gen != NULL && !PyAsyncGen_CheckExact(gen)) {
+        Py_CLEAR(gen);
+    }
+    return gen;
+}
+
 static PyObject *
 Step_iternext(PyObject *op)
 {
     CtxStepObject *self = (CtxStepObject *)op;
-    PyObject *result = NULL, *gen = NULL;
+    PyObject *result = NULL;
+    bool is_short = false;
     Py_BEGIN_CRITICAL_SECTION(op);
-    if (self->phase == AIOT_CREATED && self->step <= STEP_EXIT && !((CtxMgrObject *)self->manager)->sends) {
-        CtxMgrObject *manager = (CtxMgrObject *)self->manager;
-        gen = ctxmgr_get(manager, &manager->gen);
-        if (gen != NULL && !PyAsyncGen_CheckExact(gen)) {
-            Py_CLEAR(gen);
-        }
-        if (gen != NULL) {
-            result = step_short_lock_held(self, gen);
-        }
+    PyObject *gen = step_get_short_lock_held(self);
+    if (gen != NULL) {
+        is_short = true;
+        result = step_short_lock_held(self, gen);
     }
     Py_END_CRITICAL_SECTION();
-    return gen != NULL ? result : aiot_awaitable_iternext(op);
+    return is_short ? result : aiot_awaitable_iternext(op);
+}
+
+static PySendResult
+Step_send(PyObject *op, PyObject *value, PyObject **result)
+{
+    CtxStepObject *self = (CtxStepObject *)op;
+    PySendResult answer = PYGEN_ERROR;
+    bool is_short = false;
+    Py_BEGIN_CRITICAL_SECTION(op);
+    PyObject *gen = value == Py_None ? step_get_short_lock_held(self) : NULL;
+    if (gen != NULL) {
+        is_short = true;
+        *result = NULL;
+        answer = step_short_send_lock_held(self, gen, result);
+    }
+    Py_END_CRITICAL_SECTION();
+    return is_short ? answer : aiot_awaitable_send(op, value, result);
 }
 
 static const aiot_awaitable_ops enter_ops = {
@@ -600,7 +665,7 @@ static PyGetSetDef Step_getset[] = {
 static PyType_Slot Step_slots[] = {
     {Py_tp_doc, "What __aenter__() and __aexit__() of an AsyncContextManager return: await it, once."},
     {Py_am_await, aiot_awaitable_await},
-    {Py_am_send, aiot_awaitable_send},
+    {Py_am_send, Step_send},
     {Py_tp_iternext, Step_iternext},
     {Py_tp_methods, aiot_awaitable_methods},
     {Py_tp_finalize, aiot_awaitable_finalize},
@@ -1033,6 +1098,35 @@ helper_vectorcall(PyObject *helper, PyObject *const *args, size_t nargsf, PyObje
 }
 #endif
 
+PyDoc_STRVAR(make_doc,
+"_make_manager($module, func, args, kwds, /)\n--\n\n"
+"AsyncContextManager(func, args, kwds), which takes over the tuple and the dict.");
+
+static PyObject *
+ctxmgr_make(PyObject *module, PyObject *const *args, Py_ssize_t nargs)
+{
+    aiot_state *state = aiot_state_of_module(module);
+    if (nargs != 3 || !PyTuple_CheckExact(args[1]) || !PyDict_CheckExact(args[2])) {
+        PyErr_SetString(PyExc_TypeError, "_make_manager() takes a callable, a tuple and a dict");
+        return NULL;
+    }
+    PyObject *gen = PyObject_Call(args[0], args[1], args[2]);
+    if (gen == NULL) {
+        return NULL;
+    }
+    CtxMgrObject *self = (CtxMgrObject *)MANAGER_ALLOC(state);
+    if (self == NULL) {
+        Py_DECREF(gen);
+        return NULL;
+    }
+    self->gen = gen;
+    self->func = Py_NewRef(args[0]);
+    self->args = Py_NewRef(args[1]);
+    self->kwds = Py_NewRef(args[2]);
+    self->is_exact = true;
+    return (PyObject *)self;
+}
+
 PyDoc_STRVAR(quicken_doc,
 "_quicken_helper($module, helper, /)\n--\n\n"
 "Have calls of the function that async_ctx_manager() makes go straight to C.\n\n"
@@ -1061,6 +1155,7 @@ ctxmgr_quicken(PyObject *module, PyObject *helper)
 
 static PyMethodDef ctxmgr_functions[] = {
     {"_quicken_helper", ctxmgr_quicken, METH_O, quicken_doc},
+    {"_make_manager", (PyCFunction)(void (*)(void))ctxmgr_make, METH_FASTCALL, make_doc},
     {NULL, NULL, 0, NULL},
 };
 
