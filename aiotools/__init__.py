@@ -2,7 +2,7 @@
 
 from ._aiotools import checkpoint, sleep, sleep_until
 from ._version import __version__
-from .barrier import AsyncBarrier, Barrier
+from .barrier import AsyncBarrier, Barrier, ProcessBarrier
 from .cancel import CancelRequest, UnfinishedTasksError, cancel_and_wait, cancel_requests, trace_cancellation
 from .compat import all_tasks, current_task, get_running_loop, set_task_name
 from .context import (
@@ -66,6 +66,7 @@ __all__ = (
     # barrier
     "AsyncBarrier",
     "Barrier",
+    "ProcessBarrier",
     # cancel
     "CancelRequest",
     "UnfinishedTasksError",
