@@ -59,6 +59,7 @@ from .taskscope import ShieldScope, TaskScope, move_on_after
 from .thread import LoopThread
 from .timer import Timer, TimerDelayPolicy, VirtualClock, create_timer
 from .types import AsyncClosable, AwaitableLike, CoroutineLike
+from .utils import as_completed_safe, gather_safe, map_safe, race
 from .watchdog import LoopStats, LoopWatchdog
 
 __all__ = (
@@ -160,6 +161,11 @@ __all__ = (
     "AsyncClosable",
     "AwaitableLike",
     "CoroutineLike",
+    # utils
+    "as_completed_safe",
+    "gather_safe",
+    "map_safe",
+    "race",
     # watchdog
     "LoopStats",
     "LoopWatchdog",

@@ -6,6 +6,7 @@
 #include "children.h"
 #include "clock.h"
 #include "closing.h"
+#include "collect.h"
 #include "ctxgroup.h"
 #include "ctxmgr.h"
 #include "freelist.h"
@@ -122,7 +123,8 @@ module_exec(PyObject *module)
         || aiot_cancel_add_types(module) < 0
         || aiot_scope_add_types(module) < 0
         || aiot_queue_add_types(module) < 0
-        || aiot_timer_add_types(module) < 0)
+        || aiot_timer_add_types(module) < 0
+        || aiot_collect_add_types(module) < 0)
     {
         return -1;
     }

@@ -152,6 +152,8 @@
     V(CancelWaitType) \
     V(CancellerType) \
     V(ChildType) \
+    V(CrewType) \
+    V(CrewWaitType) \
     V(DoneType) \
     V(IndexedChildType) \
     V(LoopStateType) \
