@@ -161,6 +161,20 @@ class TestChildren:
                 gc.collect()
             assert result() is None and error_of() is None
 
+    async def test_children_that_nobody_else_refers_to_are_not_collected(self):
+        async def child():
+            # This task, its future and its callback refer to each other only.
+            await forever()
+
+        async with TaskScope() as scope:
+            for _ in range(10):
+                scope.create_task(child())
+            await turns()
+            gc.collect()
+            await turns()
+            assert len(scope._tasks) == 10
+            scope.abort()
+
     async def test_a_hundred_thousand_children(self, loop_kind):
         count = 0
 

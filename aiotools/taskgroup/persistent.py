@@ -64,6 +64,7 @@ class PersistentTaskGroup:
         self._exiting = False
         self._exited = False
         self._aborting = False
+        self._creating = False
         self._base_error: BaseException | None = None
         self._all_done: asyncio.Future[None] | None = None
         self._token: Token[PersistentTaskGroup] | None = None
@@ -112,15 +113,22 @@ class PersistentTaskGroup:
         reference = weakref.ref(future)
         # Counted before the task exists: an eager one may end inside create_task().
         self._unfinished_tasks += 1
+        creating, self._creating = self._creating, True
         try:
             task = self._loop.create_task(self._run(coro, reference), name=name)
         except BaseException:
             self._unfinished_tasks -= 1
             coro.close()
             raise
+        finally:
+            self._creating = creating
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._on_done(task, coro, reference))
-        return future
+        try:
+            return future
+        finally:
+            # The traceback of an eager failure refers to this frame.
+            del future, task
 
     async def _run(self, coro: Coroutine[Any, Any, T], reference: weakref.ref[asyncio.Future[T]]) -> None:
         try:
@@ -128,17 +136,29 @@ class PersistentTaskGroup:
         except asyncio.CancelledError:
             raise
         except BaseException as exc:
-            if (future := reference()) is not None and not future.done():
-                future.set_exception(exc)
-                if future is not None and isinstance(exc, (SystemExit, KeyboardInterrupt)):
-                    future.exception()
-            del future
+            self._settle(reference, None, exc)
             await self._handle()
             if isinstance(exc, (SystemExit, KeyboardInterrupt)):
                 raise
         else:
-            if (future := reference()) is not None and not future.done():
-                future.set_result(result)
+            self._settle(reference, result, None)
+
+    def _settle(self, reference: weakref.ref[asyncio.Future[T]], result: Any, exc: BaseException | None) -> None:
+        """Complete the future, if somebody keeps it."""
+        if self._creating:
+            # An eager task ends inside create_task(): nobody had a chance to keep it yet.
+            self._loop.call_soon(self._settle, reference, result, exc)
+            return
+        future = reference()
+        if future is None or future.done():
+            return
+        if exc is None:
+            future.set_result(result)
+            return
+        future.set_exception(exc)
+        if isinstance(exc, (SystemExit, KeyboardInterrupt)):
+            # The loop raises it: not to be logged as well.
+            future.exception()
 
     async def _handle(self) -> None:
         """Call the handler; the failure is being handled."""
@@ -147,12 +167,14 @@ class PersistentTaskGroup:
         except asyncio.CancelledError:
             raise
         except Exception as exc:
-            self._loop.call_exception_handler(
+            # From the loop: it runs its handler in the task's context, which is entered here.
+            self._loop.call_soon(
+                self._loop.call_exception_handler,
                 {
                     "message": f"the exception handler of {self!r} failed",
                     "exception": exc,
                     "task": asyncio.current_task(),
-                }
+                },
             )
 
     def _on_done(

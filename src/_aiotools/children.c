@@ -2,8 +2,8 @@
  *
  * States:     a node is LIVE (linked, parent and task set) or ENDED (neither).
  * Invariants: n_children is the length of the list; a joiner is linked only while its waiter is pending.
- * Ownership:  the task's callback list owns the node, the node its task and its parent: a cycle that the end of the task
- *             breaks, or the collector when the loop is gone.
+ * Ownership:  the parent owns the nodes in its list, a node its task and its parent, the task's callback list the node: cycles
+ *             that the end of the task breaks, or the collector when nothing else refers to the parent or the task.
  * Locking:    all belongs to the thread of the loop.
  * Re-entry:   create_task, ended(), and the last reference to anything run foreign code: the list is never walked
  *             while they run.
@@ -86,7 +86,9 @@ child_end(AiotChild *child)
     child->task = NULL;
     aiot_link_remove(&child->link);
     parent->n_children--;
-    return tell_parent(parent, child, task);
+    int failed = tell_parent(parent, child, task);
+    Py_DECREF(child);       /* the list's */
+    return failed;
 }
 
 /* No vectorcall: its pointer would cost each child more memory than a call that happens once costs time. */
@@ -108,7 +110,7 @@ Child_traverse(PyObject *op, visitproc visit, void *arg)
     return 0;
 }
 
-/* Also when somebody took our callback off the task: we can't notice its end any more. */
+/* Leaves its parent without having ended: garbage, or never linked properly. */
 static int
 Child_clear(PyObject *op)
 {
@@ -133,6 +135,7 @@ Child_clear(PyObject *op)
         }
         Py_DECREF(task);
         Py_DECREF(parent);
+        Py_DECREF(op);      /* the list's */
     }
     return 0;
 }
@@ -142,7 +145,7 @@ Child_dealloc(PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
-    Child_clear(op);
+    assert(((AiotChild *)op)->parent == NULL);
     type->tp_free(op);
     Py_DECREF(type);
 }
@@ -188,15 +191,23 @@ aiot_children_traverse(void *op, visitproc visit, void *arg)
     Py_VISIT(self->loop);
     Py_VISIT(self->host);
     Py_VISIT(self->callback_context);
+    for (aiot_link *l = self->children.next; l != NULL && l != &self->children; l = l->next) {
+        Py_VISIT((PyObject *)AIOT_CONTAINER_OF(l, AiotChild, link));
+    }
     return 0;
 }
 
-/* The nodes own us, so there are none when we die; and what is cleared by the collector is cleared with them. The loop
- * state stays for what still runs. */
+/* The loop state stays for what still runs. */
 void
 aiot_children_clear(void *op)
 {
     AiotChildren *self = (AiotChildren *)op;
+    aiot_link *first;
+    while (self->children.next != NULL && (first = aiot_link_first(&self->children)) != NULL) {
+        PyObject *child = Py_NewRef((PyObject *)AIOT_CONTAINER_OF(first, AiotChild, link));
+        Child_clear(child);
+        Py_DECREF(child);
+    }
     Py_CLEAR(self->host);
     Py_CLEAR(self->callback_context);
 }
@@ -303,6 +314,7 @@ child_link(AiotChildren *self, AiotChild *child, PyObject *task)
     child->parent = (AiotChildren *)Py_NewRef((PyObject *)self);
     child->task = Py_NewRef(task);
     aiot_link_append(&self->children, &child->link);
+    Py_INCREF(child);
     self->n_children++;
     PyObject *args[] = {task, (PyObject *)child, self->callback_context};
     PyObject *result = PyObject_VectorcallMethod(state->str_add_done_callback, args,

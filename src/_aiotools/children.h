@@ -12,7 +12,7 @@ typedef struct AiotChildren AiotChildren;
 
 typedef struct {
     PyObject_HEAD
-    aiot_link link;             /* in the parent's list, which owns nothing: the task's callbacks own the node */
+    aiot_link link;             /* in the parent's list, which owns the node, as the task's callbacks do */
     AiotChildren *parent;       /* owned until it ended, then NULL */
     PyObject *task;             /* the same */
 } AiotChild;
@@ -49,7 +49,7 @@ struct AiotChildren {
 /* Right after tp_alloc. The loop is filled in before the first child is added. */
 void aiot_children_init(void *self, const aiot_children_ops *ops);
 int aiot_children_traverse(void *self, visitproc visit, void *arg);
-/* For tp_clear and dealloc: children that live on are on their own. */
+/* For tp_clear and dealloc. */
 void aiot_children_clear(void *self);
 
 /* Further keyword arguments of create_task, as a vectorcall has them. */
