@@ -57,6 +57,7 @@ from .taskgroup import (
 )
 from .taskscope import ShieldScope, TaskScope, move_on_after
 from .thread import LoopThread
+from .timeouts import Timeout, timeout, timeout_at
 from .timer import Timer, TimerDelayPolicy, VirtualClock, create_timer
 from .types import AsyncClosable, AwaitableLike, CoroutineLike
 from .utils import as_completed_safe, gather_safe, map_safe, race
@@ -152,6 +153,10 @@ __all__ = (
     "move_on_after",
     # thread
     "LoopThread",
+    # timeouts
+    "Timeout",
+    "timeout",
+    "timeout_at",
     # timer
     "Timer",
     "TimerDelayPolicy",

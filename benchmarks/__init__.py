@@ -1,0 +1,1 @@
+"""Benchmarks: ours beside asyncio and the rivals. `python -m benchmarks --help`."""

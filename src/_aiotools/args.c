@@ -128,6 +128,16 @@ aiot_bind_tuple(aiot_state *state, const aiot_params *params, PyObject *args, Py
     return bind_required(state, params, out);
 }
 
+/* PyFloat_AsDouble() would make a float object of it. */
+static bool
+as_small_int(PyObject *obj, double *out)
+{
+    int overflow;
+    long value = PyLong_AsLongAndOverflow(obj, &overflow);
+    *out = (double)value;
+    return !overflow;
+}
+
 int
 aiot_as_seconds(PyObject *obj, const char *name, double *out)
 {
@@ -135,7 +145,7 @@ aiot_as_seconds(PyObject *obj, const char *name, double *out)
     if (PyFloat_CheckExact(obj)) {
         value = PyFloat_AS_DOUBLE(obj);
     }
-    else {
+    else if (!PyLong_CheckExact(obj) || !as_small_int(obj, &value)) {
         value = PyFloat_AsDouble(obj);
         if (value == -1.0 && PyErr_Occurred()) {
             if (PyErr_ExceptionMatches(PyExc_TypeError)) {

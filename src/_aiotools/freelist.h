@@ -18,7 +18,8 @@ aiot_free_list_alloc(aiot_free_list *list, PyTypeObject *type)
     if (list->n > 0) {
         PyObject *op = list->kept[--list->n];
         memset((char *)op + sizeof(PyObject), 0, (size_t)type->tp_basicsize - sizeof(PyObject));
-        PyObject_Init(op, type);
+        Py_SET_REFCNT(op, 1);       /* its type is in place */
+        Py_INCREF(type);
         PyObject_GC_Track(op);
         return op;
     }
@@ -36,7 +37,7 @@ aiot_free_list_free(aiot_state *state, aiot_free_list *list, PyObject *op)
     PyTypeObject *type = Py_TYPE(op);
 #if AIOT_FREELISTS
     if (state != NULL && !state->no_free_lists && list->n < (int)Py_ARRAY_LENGTH(list->kept)
-        && !PyObject_GC_IsFinalized(op))
+        && (type->tp_finalize == NULL || !PyObject_GC_IsFinalized(op)))
     {
         list->kept[list->n++] = op;
         Py_DECREF(type);
@@ -66,11 +67,8 @@ aiot_free_list_clear(aiot_free_list *list)
 static inline aiot_state *
 aiot_state_for_dealloc(PyTypeObject *type)
 {
-    aiot_state *state = (aiot_state *)PyType_GetModuleState(type);
-    if (state == NULL) {
-        PyErr_Clear();
-    }
-    return state;
+    PyObject *module = ((PyHeapTypeObject *)type)->ht_module;
+    return module == NULL ? NULL : (aiot_state *)PyModule_GetState(module);
 }
 
 #endif /* AIOT_FREELIST_H */

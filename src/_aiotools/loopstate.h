@@ -101,10 +101,12 @@ struct AiotLoop {
     PyObject *module;               /* keeps state alive, whatever the collector takes apart first */
     PyObject *loop;                 /* the event loop: borrowed, NULL once it is gone */
     PyObject *loop_ref;             /* weak reference that sets loop to NULL; NULL when loop is owned after all */
-    PyObject *dict;                 /* its __dict__ when the clock is coarse, else NULL */
+    PyObject *dict;                 /* its __dict__, NULL if it has none */
+    unsigned int plain_version;     /* of its type, when that had the default loop's time(); 0: not known */
     PyObject *get_loop;             /* callable that returns loop, for waiters */
     PyObject *done_future;          /* a finished asyncio.Future: what a task's wake-up takes for "go on" */
     PyObject *weakrefs;
+    unsigned long thread;           /* where aiot_loop_get_running last found it */
     /* wake-ups: waiters linked by their next field */
     AiotWaiter *ready_first, *ready_last;
     uint64_t ready_pushed, ready_popped;    /* callbacks, counted since ever */
@@ -143,6 +145,15 @@ int aiot_loop_time(AiotLoop *loop, double *now);
 /* The deadline that lies delay seconds ahead: on an unpatched coarse loop counted from the monotonic clock,
  * which that loop's own time() lags behind by up to a millisecond. 0 or -1. */
 int aiot_loop_deadline(AiotLoop *loop, double delay, double *when);
+
+/* The same, and tells whether it was counted from the monotonic clock; else loop.time() is somebody's own. */
+int aiot_loop_deadline_on(AiotLoop *loop, double delay, double *when, bool *monotonic);
+
+/* Whether the monotonic clock is certainly before when. Quicker than to read it; when in doubt, false. */
+bool aiot_clock_is_before(double when);
+
+/* Whether this thread is the one where the loop was last seen to run: then no other thread runs it now. */
+bool aiot_loop_ran_here(AiotLoop *loop);
 
 /* The earliest deadline that is set, infinity when there is none. */
 double aiot_loop_next_deadline(AiotLoop *loop);

@@ -18,6 +18,7 @@
 #include "shield.h"
 #include "sleep.h"
 #include "timer.h"
+#include "timeout.h"
 #include "waiter.h"
 #include "watchdog.h"
 
@@ -112,6 +113,7 @@ module_exec(PyObject *module)
         || aiot_clock_add_types(module) < 0
         || aiot_waiter_add_types(module) < 0
         || aiot_sleep_add_types(module) < 0
+        || aiot_timeout_add_types(module) < 0
         || aiot_ctxmgr_add_types(module) < 0
         || aiot_ctxgroup_add_types(module) < 0
         || aiot_resetting_add_types(module) < 0
