@@ -71,6 +71,9 @@ class TestLife:
         gc.collect()
         assert [ref() for ref in refs] == [None, None]
         assert "destroyed but it is pending" in loop_errors.take_one()["message"]
+        # What the handler was told held the task once more.
+        gc.collect()
+        loop.close()
 
     def test_a_finalizer_of_a_dropped_item_may_use_the_queue(self):
         queue = Queue()

@@ -1,7 +1,6 @@
 """Queue, LifoQueue, PriorityQueue and their two sides."""
 
 import asyncio
-import gc
 import queue as stdlib_queue
 
 import aiotools
@@ -150,8 +149,6 @@ def a_queue_in_a_cycle():
     for cls in (aiotools.Queue, aiotools.LifoQueue, aiotools.PriorityQueue, Hooked):
         queue = cls()
         queue.sync_q.put(queue)
-        del queue
-    gc.collect()
 
 
 @operation("Queue", "AsyncQueue")
