@@ -7,6 +7,7 @@ shows at the call, with the address in the message.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import errno
 import os
@@ -259,17 +260,15 @@ class ListenSockets:
 
 def _drop_syn(sock: socket.socket) -> None:
     """Attach a classic packet filter that drops TCP segments with the SYN flag."""
-    import ctypes
-
     code = [
         (0x30, 0, 0, 13),  # load byte 13 of the TCP header: the flags
         (0x45, 0, 1, 0x02),  # SYN set?
         (0x06, 0, 0, 0),  # drop
         (0x06, 0, 0, 0x40000),  # keep
     ]
-    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
-    # struct sock_fprog
-    option = struct.pack("HP", len(code), ctypes.addressof(program))
+    program = array.array("B", b"".join(struct.pack("HBBI", *line) for line in code))
+    # struct sock_fprog: the length, and where the instructions are
+    option = struct.pack("HP", len(code), program.buffer_info()[0])
     sock.setsockopt(socket.SOL_SOCKET, 26, option)  # SO_ATTACH_FILTER
 
 
