@@ -13,7 +13,7 @@ import pytest
 
 import aiotools
 from conftest import make_loop
-from queue_helpers import Thread, lanes
+from queue_helpers import CLASSES, Thread, lanes
 
 ITEMS = int(os.environ.get("AIOTOOLS_STRESS_ITEMS", "4000"))
 THREADS = 4  # that put, and as many that get
@@ -177,7 +177,7 @@ class Stress:
 
 
 @pytest.mark.parametrize("maxsize", [1, 10, 0])
-@pytest.mark.parametrize("cls", [aiotools.Queue, aiotools.LifoQueue, aiotools.PriorityQueue], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_nothing_is_lost_or_doubled(cls, maxsize, loop_kind):
     stress = Stress(cls(maxsize), f"{cls.__name__} {maxsize}")
     stress.run(loop_kind)
