@@ -17,6 +17,7 @@ from .contexts import (
     main_context,
     server_context,
 )
+from .logs import LogConfig
 from .options import ServerOptions
 from .plugins import ServerPlugin, WorkerPlugin
 from .report import ServerFailed, ServerReport, WorkerRecord
@@ -25,6 +26,7 @@ from .worker import InterruptedBySignal, Worker, current_worker, process_index
 __all__ = (
     "AsyncServerContextManager",
     "InterruptedBySignal",
+    "LogConfig",
     "ServerFailed",
     "ServerMainContextManager",
     "ServerOptions",

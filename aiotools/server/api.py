@@ -14,6 +14,7 @@ from typing import Any
 from ..fork import MPContext, start_helpers
 from .control import ControlSocket, PidFile
 from .heartbeat import Heartbeat
+from .logs import LogServer
 from .options import ServerOptions, loop_runner
 from .plugins import ServerPlugin
 from .report import ServerReport
@@ -131,6 +132,7 @@ def start_server(
         mp_context = multiprocessing.get_context("spawn" if options.managed else None)
     if options.loop_factory is not None:
         runner = loop_runner(options.loop_factory)
+    logs = LogServer(options.log_config) if options.log_config is not None else None
     main_context = main_ctxmgr() if main_ctxmgr is not None else contextlib.nullcontext()
     sup = None
     with contextlib.ExitStack() as stack:
@@ -164,6 +166,8 @@ def start_server(
             options=options,
             sockets=sockets,
         )
+        if logs is not None:
+            sup.plugins.insert(0, logs)  # what the others log at their start and end is to be seen
         if options.control_socket is not None:
             sup.plugins.append(ControlSocket(options.control_socket))
         if options.hang_timeout is not None:
