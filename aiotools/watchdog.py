@@ -262,7 +262,7 @@ class LoopWatchdog:
 
     def _beat(self) -> None:
         if self._handle is None or self._loop is None:
-            return
+            return  # stopped in this very turn
         late = self._core.beat()
         if late is not None:
             self._stalled(late)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any
 
 from ..fork import MPContext, start_helpers
+from .board import StatusBoard
 from .control import ControlSocket, PidFile
-from .heartbeat import Heartbeat
+from .heartbeat import Heartbeat, beat_interval
 from .logs import LogServer
 from .options import ServerOptions, loop_runner
 from .plugins import ServerPlugin
@@ -170,8 +171,11 @@ def start_server(
             sup.plugins.insert(0, logs)  # what the others log at their start and end is to be seen
         if options.control_socket is not None:
             sup.plugins.append(ControlSocket(options.control_socket))
-        if options.hang_timeout is not None:
-            sup.plugins.append(Heartbeat(options.hang_timeout))
+        if options.managed:
+            board = StatusBoard(beat_interval(options.hang_timeout), options.hang_timeout)
+            sup.plugins.append(board)
+            if options.hang_timeout is not None:
+                sup.plugins.append(Heartbeat(options.hang_timeout, board))
         if options.pidfile is not None:
             sup.plugins.append(PidFile(options.pidfile))
         runner(sup.run(main_context))

@@ -1,7 +1,8 @@
-"""Hang detection: each worker's loop says that it turns, the parent looks for those that do not.
+"""Hang detection: the parent looks at the board for loops that do not turn, and replaces their workers.
 
-The beat is a message over the control channel, so it says what matters: that the worker's loop runs
-its callbacks.  It works on any loop and for every kind of worker.
+The worker's own watchdog notices first, and writes what it finds out (the stacks of all threads and tasks, or that
+native code holds the GIL) to the pipe that the parent reads; then it marks its slot of the board.  The parent logs that and kills.
+A worker that does not even do this (it is stopped, or its memory is gone) is asked for its stacks and killed a little later.
 """
 
 from __future__ import annotations
@@ -11,39 +12,25 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from .plugins import ServerPlugin, WorkerPlugin
+from .board import BEAT, EVIDENCE, EVIDENCE_NONE, HANG, StatusBoard
+from .plugins import ServerPlugin
 
 if TYPE_CHECKING:
     from .supervise import Child, Supervisor
-    from .worker import Worker
 
-__all__ = ("Heartbeat",)
+__all__ = ("Heartbeat", "beat_interval")
 
 log = logging.getLogger(__package__)
 
+#: Seconds beyond the timeout after which a worker that shows no evidence of its own is killed without.
+OWN_EVIDENCE = 1.5
+#: Seconds for what faulthandler writes to arrive.
+SETTLE = 0.5
 
-class _Beat(WorkerPlugin):
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._handle: asyncio.TimerHandle | None = None
 
-    def __getstate__(self) -> float:
-        return self._interval
-
-    def __setstate__(self, interval: float) -> None:
-        self.__init__(interval)  # type: ignore[misc]
-
-    async def start(self, worker: Worker) -> None:
-        self._beat(worker)
-
-    def _beat(self, worker: Worker) -> None:
-        worker.channel.send("beat", requests=worker.requests)
-        assert worker.loop is not None
-        self._handle = worker.loop.call_later(self._interval, self._beat, worker)
-
-    async def stop(self, worker: Worker) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
+def beat_interval(hang_timeout: float | None) -> float:
+    """Seconds between two heartbeats."""
+    return 0.25 if hang_timeout is None else min(0.25, hang_timeout / 8)
 
 
 class Heartbeat(ServerPlugin):
@@ -53,14 +40,16 @@ class Heartbeat(ServerPlugin):
     before there is a loop (an import) is the affair of ``start_timeout``.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, board: StatusBoard) -> None:
         self._timeout = timeout
-        self._interval = min(1.0, timeout / 4)
-        self._last: dict[Child, float] = {}
+        self._board = board
+        self._interval = min(0.1, beat_interval(timeout))
         self._sup: Supervisor | None = None
         self._handle: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._hung: set[Child] = set()
         self._looked = 0.0
+        self._not_before = 0.0
 
     def open(self, sup: Supervisor) -> None:
         self._sup = sup
@@ -68,43 +57,51 @@ class Heartbeat(ServerPlugin):
         assert sup.loop is not None
         self._handle = sup.loop.call_later(self._interval, self._look)
 
-    def child_plugin(self, child: Child) -> WorkerPlugin | None:
-        # An extra without a loop has nothing that could beat; it is just never heard of.
-        return _Beat(self._interval)
-
-    def on_message(self, child: Child, message: dict[str, Any]) -> None:
-        if message["t"] == "beat":
-            self._last[child] = time.monotonic()
-            child.record.requests = message["requests"]
-
     def child_event(self, child: Child, event: str) -> None:
         if event == "gone":
-            self._last.pop(child, None)
-
-    def describe(self, child: Child) -> dict[str, Any]:
-        last = self._last.get(child)
-        return {} if last is None else {"heartbeat": f"{time.monotonic() - last:.1f} s ago"}
+            self._hung.discard(child)
 
     def _look(self) -> None:
         sup = self._sup
         assert sup is not None and sup.loop is not None
         now = time.monotonic()
-        late, self._looked = now - self._looked - self._interval, now
-        if late > self._interval:
-            # It is this process that stood still (suspended, swapped out): the beats of that time
-            # wait in the channels to be read.
-            for child in self._last:
-                self._last[child] = now
-        for child, last in list(self._last.items()):
-            if now - last > self._timeout:
-                del self._last[child]
-                log.error("%s hangs: its loop has not turned for %.1f s", child.label, now - last)
-                task = sup.loop.create_task(
-                    sup.kill_child(child, f"hung: no turn of its loop for {self._timeout:g} s", stacks=True)
-                )
+        if now - self._looked > self._interval + OWN_EVIDENCE / 2:
+            # It is this process that stood still (suspended, swapped out), and maybe the others with it.
+            self._not_before = now + self._timeout + OWN_EVIDENCE
+        self._looked = now
+        for child in list(sup.children):
+            words = self._board.words(child)
+            if words is None or child in self._hung or not words[BEAT]:
+                continue
+            age = now - words[BEAT] * 1e-9
+            own = bool(words[HANG]) and words[EVIDENCE] != EVIDENCE_NONE
+            if own or (age > self._timeout + OWN_EVIDENCE and now > self._not_before):
+                self._hung.add(child)
+                log.error("%s hangs: its loop has not turned for %.1f s", child.label, age)
+                task = sup.loop.create_task(self._end(sup, child, own))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
         self._handle = sup.loop.call_later(self._interval, self._look)
+
+    async def _end(self, sup: Supervisor, child: Child, own: bool) -> None:
+        if own and child._dump is not None:
+            await self._log_own_evidence(child)
+        elif child.kind == "thread" and (plugin := self._board.plugin(child)) is not None:
+            log.error("tasks of %s:\n%s", child.label, plugin.describe_hang().rstrip())
+            own = False
+        else:
+            own = False
+        await sup.kill_child(child, f"hung: no turn of its loop for {self._timeout:g} s", stacks=not own)
+
+    async def _log_own_evidence(self, child: Child) -> None:
+        """What it has written; native code may hold up the end of it."""
+        end = time.monotonic() + SETTLE
+        seen = -1
+        while time.monotonic() < end and (not child.stacks or len(child.stacks) != seen):
+            seen = len(child.stacks)
+            await asyncio.sleep(0.02)
+        text = child.stacks.decode(errors="replace").rstrip()
+        log.error("stacks of %s:\n%s", child.label, text or "(none to be had)")
 
     async def finish(self) -> None:
         if self._tasks:
@@ -113,4 +110,4 @@ class Heartbeat(ServerPlugin):
     def close(self, sup: Supervisor) -> None:
         if self._handle is not None:
             self._handle.cancel()
-        self._last.clear()
+        self._hung.clear()

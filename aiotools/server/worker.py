@@ -185,6 +185,7 @@ class Worker:
     :ivar role: ``"worker"`` or ``"extra"``.
     :ivar pid: its process id.
     :ivar sockets: the listening sockets that the parent opened for ``bind=``, in that order.
+    :ivar counters: numbers or short texts by name that the status is to show; a few, they share 630 bytes.
     :ivar stop_signal: what ended the wait, or None.
     :ivar stop_reason: why, in the parent's words (``"stopped"``, ``"reloaded"``, ``"recycled: ..."``).
     """
@@ -201,6 +202,7 @@ class Worker:
         self.stop_signal: Any = None
         self.stop_reason: str | None = None
         self.requests = 0
+        self.counters: dict[str, Any] = {}
         self.ready = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.channel = Channel(spec.channel)
