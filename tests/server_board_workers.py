@@ -5,7 +5,7 @@ import ctypes
 import os
 import signal
 
-from aiotools.server import current_worker, server_context
+from aiotools.server import current_worker, server_context, singleton
 
 
 @server_context
@@ -56,3 +56,33 @@ async def quiet_counting(loop, index, args):
     me.request_done(3 + index)
     me.counters["open"] = index
     yield
+
+
+@server_context
+async def electing(loop, index, args):
+    """(wire, how): tells each time that it holds the lease; worker of generation 1 that has it first ends in its own way."""
+    wire, how = args
+    me = current_worker()
+    lease = singleton.lease("the one", 0.05 if how is not None else 30)
+    wire.send(("enter", index, os.getpid()))
+
+    async def tick():
+        while True:
+            if lease.acquire():
+                wire.send(("held", index, os.getpid()))
+                if me.generation == me.serial == 1 and index == 0 and how is not None:
+                    if how == "kill":
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    elif how == "recycle":
+                        me.request_recycle("the test says so")
+                    else:
+                        hang(how)
+            await asyncio.sleep(0.05)
+
+    # The first worker shall have it first, wherever there are two.
+    if index == 1 and how is not None:
+        while not any(lease._leases._words[i] for i in range(1, 512, 2)):  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    task = loop.create_task(tick())
+    yield
+    task.cancel()

@@ -22,6 +22,7 @@ from .report import ServerReport
 from .signals import SavedSignals
 from .sockets import ListenSockets
 from .supervise import Supervisor
+from .systemd import SystemdNotifier
 from .worker import parse_target
 
 __all__ = ("start_server",)
@@ -171,9 +172,12 @@ def start_server(
             sup.plugins.insert(0, logs)  # what the others log at their start and end is to be seen
         if options.control_socket is not None:
             sup.plugins.append(ControlSocket(options.control_socket))
+        board = StatusBoard(options.managed, beat_interval(options.hang_timeout), options.hang_timeout)
+        sup.plugins.append(board)
         if options.managed:
-            board = StatusBoard(beat_interval(options.hang_timeout), options.hang_timeout)
-            sup.plugins.append(board)
+            notifier = SystemdNotifier(board)
+            if notifier.wanted:
+                sup.plugins.append(notifier)
             if options.hang_timeout is not None:
                 sup.plugins.append(Heartbeat(options.hang_timeout, board))
         if options.pidfile is not None:

@@ -8,6 +8,8 @@ It says how each child is without asking it, so also when it hangs.  A slot has 
     parent    what the parent knows: pid, index, role, kind, generation, state, start, resident memory
     worker    what the worker says of itself: its counters
 
+In front of the slots there is the table of leases (singleton.py).
+
 Words are 8 bytes, aligned, and never torn.  The other two are records with a sequence lock (page.c): a reader gets them whole
 or, if their writer died in the middle, not at all.
 
@@ -21,7 +23,6 @@ import dataclasses
 import json
 import mmap
 import os
-import tempfile
 import time
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from .._aiotools import _record_read, _record_write
 from ..watchdog import LoopWatchdog
 from .plugins import ServerPlugin, WorkerPlugin
+from .singleton import Leases, owner_of, release_all
 
 if TYPE_CHECKING:
     from .supervise import Child, Supervisor
@@ -40,6 +42,8 @@ _SLOT = 1024
 _WORDS = slice(0, 64)
 _PARENT = slice(64, 384)
 _WORKER = slice(384, 1024)
+#: Bytes of the table of leases.
+_LEASES = 4096
 #: How many children may exist at a time; what is never touched takes no memory.
 CAPACITY = 1024
 
@@ -84,6 +88,8 @@ def _unnamed_file(size: int) -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("aiotools-board", os.MFD_CLOEXEC)
     else:
+        import tempfile
+
         with tempfile.TemporaryFile() as file:
             fd = os.dup(file.fileno())
     try:
@@ -148,7 +154,7 @@ class Board:
     """
 
     def __init__(self, fd: int | None = None) -> None:
-        size = CAPACITY * _SLOT
+        size = _LEASES + CAPACITY * _SLOT
         own = _unnamed_file(size) if fd is None else None
         try:
             self._map: Any = mmap.mmap(fd if own is None else own, size)
@@ -159,22 +165,25 @@ class Board:
         # A connection travels with multiprocessing, under every start method.
         self.connection = Connection(own, writable=False) if own is not None else None
         self._view = memoryview(self._map)
+        self.leases = self._view[:_LEASES].cast("Q")
 
     def slot(self, number: int) -> Slot:
         """Slot *number*; to be released before the board is closed."""
         if not 0 <= number < CAPACITY:
             raise IndexError(f"no slot {number}: there are {CAPACITY}")
-        return Slot(self._view[number * _SLOT : (number + 1) * _SLOT])
+        start = _LEASES + number * _SLOT
+        return Slot(self._view[start : start + _SLOT])
 
     def close(self) -> None:
         if self.connection is not None:
             self.connection.close()
         try:
+            self.leases.release()
             self._view.release()
             self._map.close()
         except BufferError:
             pass  # a slot is still in use; the mapping goes with it
-        self._map = self._view = None
+        self._map = self._view = self.leases = None
 
 
 class _BeatingWatchdog(LoopWatchdog):
@@ -214,11 +223,17 @@ class BoardWatchdog(WorkerPlugin):
 
     :param place: the board's connection, a descriptor in this process, or the :class:`Board` itself.
     :param number: of the child's slot.
+    :param owner: what the child's leases are marked with.
+    :param watch: whether its loop is watched.
     """
 
-    def __init__(self, place: Any, number: int, interval: float, hang_timeout: float | None) -> None:
+    def __init__(
+        self, place: Any, number: int, owner: int, watch: bool, interval: float, hang_timeout: float | None
+    ) -> None:
         self._place = place
         self._number = number
+        self._owner = owner
+        self._watch = watch
         self._interval = interval
         self._hang_timeout = hang_timeout
         self._board: Board | None = None
@@ -226,7 +241,7 @@ class BoardWatchdog(WorkerPlugin):
         self.watchdog: _BeatingWatchdog | None = None
 
     def __getstate__(self) -> Any:
-        return self._place, self._number, self._interval, self._hang_timeout
+        return self._place, self._number, self._owner, self._watch, self._interval, self._hang_timeout
 
     def __setstate__(self, state: Any) -> None:
         self.__init__(*state)  # type: ignore[misc]
@@ -242,8 +257,11 @@ class BoardWatchdog(WorkerPlugin):
             self._place.close()
         self._slot = board.slot(self._number)
         self._slot.words[PID] = worker.pid
+        worker._leases = Leases(board.leases, self._owner, worker)
 
     async def start(self, worker: Worker) -> None:
+        if not self._watch:
+            return
         dump = worker._spec.dump
         hang = self._hang_timeout
         if hang is None:
@@ -271,6 +289,9 @@ class BoardWatchdog(WorkerPlugin):
             self.watchdog.stop()
 
     def exit(self, worker: Worker) -> None:
+        if worker._leases is not None:
+            worker._leases.close()
+            worker._leases = None
         if self.watchdog is not None:
             self.watchdog.stop()
             self.watchdog = None
@@ -292,16 +313,19 @@ class BoardWatchdog(WorkerPlugin):
 class StatusBoard(ServerPlugin):
     """The parent's side: gives each child a slot, writes what the parent knows, and reads.
 
+    :param watch: whether the loops are watched; without it only leases are to be had.
     :param interval: seconds between two heartbeats.
     :param hang_timeout: see :class:`ServerOptions`; what is done about it is heartbeat.py's affair.
     """
 
-    def __init__(self, interval: float = 0.25, hang_timeout: float | None = None) -> None:
+    def __init__(self, watch: bool = True, interval: float = 0.25, hang_timeout: float | None = None) -> None:
+        self.watch = watch
         self.interval = interval
         self.hang_timeout = hang_timeout
         self._board: Board | None = None
         self._free: list[int] = []
         self._slots: dict[Child, tuple[int, Slot, BoardWatchdog]] = {}
+        self._uses = 0
 
     def open(self, sup: Supervisor) -> None:
         self._board = Board()
@@ -319,7 +343,9 @@ class StatusBoard(ServerPlugin):
             place = self._board
         elif child.kind == "interpreter":
             place = os.dup(place.fileno())
-        plugin = BoardWatchdog(place, number, self.interval, self.hang_timeout)
+        self._uses += 1
+        owner = owner_of(number, self._uses)
+        plugin = BoardWatchdog(place, number, owner, self.watch, self.interval, self.hang_timeout)
         self._slots[child] = number, slot, plugin
         return plugin
 
@@ -344,7 +370,10 @@ class StatusBoard(ServerPlugin):
         )
 
     def _forget(self, child: Child) -> None:
-        number, slot, _ = self._slots.pop(child)
+        number, slot, plugin = self._slots.pop(child)
+        if self._board is not None:
+            # Whoever looks next has them: nobody waits for a lease of the dead to run out.
+            release_all(self._board.leases, plugin._owner)
         try:
             slot.release()
         except BufferError:
@@ -392,6 +421,10 @@ class StatusBoard(ServerPlugin):
         now = time.monotonic_ns()
         limit = int(seconds * 1e9)
         return [c for c, (_, slot, _) in self._slots.items() if (b := slot.words[BEAT]) and now - b > limit]
+
+    def beating(self) -> list[Child]:
+        """The children that have a loop, as far as known."""
+        return [c for c, (_, slot, _) in self._slots.items() if slot.words[BEAT]]
 
     def close(self, sup: Supervisor) -> None:
         for child in list(self._slots):

@@ -203,6 +203,7 @@ class Worker:
         self.stop_reason: str | None = None
         self.requests = 0
         self.counters: dict[str, Any] = {}
+        self._leases: Any = None
         self.ready = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self.channel = Channel(spec.channel)

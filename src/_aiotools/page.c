@@ -119,9 +119,40 @@ record_read(PyObject *Py_UNUSED(module), PyObject *arg)
     return found;
 }
 
+PyDoc_STRVAR(word_swap_doc,
+"_word_swap($module, words, index, expected, value, /)\n--\n\n"
+"Set words[index] to value if it is expected, and say whether it was; atomic among\n"
+"all processes that map these words. words is a writable buffer at a multiple of 8\n"
+"bytes. Raises IndexError beyond its end.");
+
+static PyObject *
+word_swap(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *obj;
+    Py_ssize_t index;
+    unsigned long long expected, value;
+    if (!PyArg_ParseTuple(args, "OnKK:_word_swap", &obj, &index, &expected, &value)) {
+        return NULL;
+    }
+    Py_buffer view;
+    uint64_t *words;
+    if (aiot_get_words(obj, 1, &view, &words) < 0) {
+        return NULL;
+    }
+    bool inside = index >= 0 && index < view.len / (Py_ssize_t)sizeof(uint64_t);
+    bool swapped = inside && aiot_word_swap(&words[index], expected, value);
+    PyBuffer_Release(&view);
+    if (!inside) {
+        PyErr_Format(PyExc_IndexError, "no word %zd in this buffer", index);
+        return NULL;
+    }
+    return PyBool_FromLong(swapped);
+}
+
 static PyMethodDef page_functions[] = {
     {"_record_read", record_read, METH_O, record_read_doc},
     {"_record_write", (PyCFunction)(void (*)(void))record_write, METH_FASTCALL, record_write_doc},
+    {"_word_swap", word_swap, METH_VARARGS, word_swap_doc},
     {NULL, NULL, 0, NULL},
 };
 

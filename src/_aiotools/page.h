@@ -32,6 +32,17 @@ aiot_word_store(uint64_t *p, uint64_t value)
 #endif
 }
 
+/* Replaces expected by value, if that is what is there. */
+static inline bool
+aiot_word_swap(uint64_t *p, uint64_t expected, uint64_t value)
+{
+#if defined(_MSC_VER)
+    return (uint64_t)_InterlockedCompareExchange64((volatile __int64 *)p, (__int64)value, (__int64)expected) == expected;
+#else
+    return __atomic_compare_exchange_n(p, &expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+#endif
+}
+
 /* What was loaded before is loaded before what is loaded after; the same for stores. */
 static inline void
 aiot_word_fence(void)

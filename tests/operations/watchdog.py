@@ -40,6 +40,17 @@ def bad_parameters():
         pass
 
 
+@operation("_word_swap")
+def words():
+    page = bytearray(64)
+    assert _aiotools._word_swap(page, 7, 0, 5)
+    assert not _aiotools._word_swap(page, 7, 0, 6)
+    try:
+        _aiotools._word_swap(page, 8, 0, 5)
+    except IndexError:
+        pass
+
+
 @operation("_record_read", "_record_write")
 def records():
     record = bytearray(64)
@@ -52,7 +63,7 @@ def records():
             pass
 
 
-@no_memory("_Watchdog", "_record_read", "_record_write")
+@no_memory("_Watchdog", "_record_read", "_record_write", "_word_swap")
 async def starting_a_watchdog(fail):
     record = bytearray(64)
     core = None
@@ -67,6 +78,7 @@ async def starting_a_watchdog(fail):
             core.read()
             _aiotools._record_write(record, b"contents")
             _aiotools._record_read(record)
+            _aiotools._word_swap(record, 0, 2, 4)
     finally:
         if core is not None:
             core.stop()
