@@ -263,6 +263,9 @@ async def gather_safe(
                 return [found[index] for index in range(len(found))]
             await crew.wait()
     finally:
+        for _, task in crew.take():
+            # Cancelled meanwhile: no partial result is available, and none is reported.
+            task.cancelled() or task.exception()
         await feed.close()
 
 
