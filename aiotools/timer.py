@@ -45,6 +45,7 @@ def create_timer(
     backoff_cap: float | None = None,
     name: str | None = None,
     context: contextvars.Context | None = None,
+    singleton: str | None = None,
 ) -> Timer:
     """Call ``cb(interval)`` every *interval* seconds and run the coroutine that it returns as a task, a tick.
 
@@ -83,6 +84,9 @@ def create_timer(
     :param backoff_cap: the longest time between ticks with ``on_error="backoff"``, in seconds; 60, or *interval* if that is longer.
     :param name: of the timer task.
     :param context: of the timer task; a copy of the current one by default. Each tick has a copy of it.
+    :param singleton: a name: of all workers of a server that have a timer with this name, with the same *interval*, one at a time
+        starts ticks. Another takes over within one interval when it dies, is recycled or hangs (:mod:`aiotools.server.singleton`).
+        Ticks that are left to another worker count for *limit*.
     :raises TypeError, ValueError: for an argument that is wrong, or does not go with another one; the message names it.
     :raises RuntimeError: without a running loop.
 
@@ -94,19 +98,46 @@ def create_timer(
         if overlap is not None and overlap != "cancel":
             raise ValueError(f"overlap={overlap!r} contradicts delay_policy={delay_policy}")
         overlap = "cancel"
-    return _create_timer(
-        cb,
-        interval,
-        first,
-        jitter,
-        limit,
-        overlap,
-        missed,
-        grace,
-        tick_timeout,
-        eager,
-        on_error,
-        backoff_cap,
-        name,
-        context,
-    )
+    lease = None
+    if singleton is not None:
+        from .server.singleton import lease as new_lease
+
+        if not callable(cb):
+            raise TypeError(f"cb must be callable, not {type(cb).__name__!r}")
+        lease = new_lease(singleton, interval, jitter if isinstance(jitter, (int, float)) else interval if jitter else 0.0)
+        cb = _elected(cb, lease)
+    try:
+        timer = _create_timer(
+            cb,
+            interval,
+            first,
+            jitter,
+            limit,
+            overlap,
+            missed,
+            grace,
+            tick_timeout,
+            eager,
+            on_error,
+            backoff_cap,
+            name,
+            context,
+        )
+    except BaseException:
+        if lease is not None:
+            lease.close()
+        raise
+    if lease is not None:
+        timer.add_done_callback(lambda _: lease.close())
+    return timer
+
+
+async def _left_to_another_worker() -> None:
+    pass
+
+
+def _elected(cb: Callable[[float], Coroutine[Any, Any, object]], lease: Any) -> Any:
+    def tick(interval: float) -> Coroutine[Any, Any, object]:
+        return cb(interval) if lease.acquire() else _left_to_another_worker()
+
+    return tick

@@ -5,6 +5,7 @@ import ctypes
 import os
 import signal
 
+import aiotools
 from aiotools.server import current_worker, server_context, singleton
 
 
@@ -86,3 +87,16 @@ async def electing(loop, index, args):
     task = loop.create_task(tick())
     yield
     task.cancel()
+
+
+@server_context
+async def singleton_timer(loop, index, args):
+    wire = args[0]
+
+    async def tick(interval):
+        wire.send(("tick", index, os.getpid()))
+
+    timer = aiotools.create_timer(tick, 0.05, singleton="the timer")
+    wire.send(("enter", index, os.getpid()))
+    yield
+    timer.cancel()

@@ -1,5 +1,6 @@
 """One of N: leases among the workers of a server."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -10,6 +11,7 @@ import server_board_workers as workers
 from process_helpers import START_METHODS, nothing_left_fixture  # noqa: F401
 from server_play import Play, kill, script
 
+import aiotools
 from aiotools._aiotools import _word_swap
 from aiotools.server import singleton
 from aiotools.server.singleton import Leases, lease, owner_of, release_all
@@ -230,3 +232,35 @@ class TestServer:
             play.stop_after("held", 5)
             play.start(workers.electing, None, num_workers=2, worker_kind="thread")
         assert len(set(play.of("held")[:5])) == 1
+
+    def test_a_timer_ticks_in_one_worker_and_in_another_when_that_dies(self, play):
+        def react(message):
+            pids = [m[1] for m in play.of("tick")]
+            if message[0] == "tick" and play.count("enter") >= 2:
+                if len(set(pids)) == 1 and not killed:
+                    killed.append(message[2])
+                    os.kill(message[2], signal.SIGKILL)
+                elif killed and message[2] != killed[0]:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        killed = []
+        play.react = react
+        play.start(workers.singleton_timer, num_workers=2, ignore_child_interrupts=True)
+        assert killed
+        assert len({m[1] for m in play.of("tick")}) >= 2
+
+
+async def test_outside_a_server_a_singleton_timer_ticks_as_any_other():
+    done = asyncio.Event()
+
+    async def tick(interval):
+        done.set()
+
+    timer = aiotools.create_timer(tick, 0.001, singleton="alone")
+    await done.wait()
+    await aiotools.cancel_and_wait(timer)
+
+
+async def test_a_singleton_timer_needs_an_interval():
+    with pytest.raises(ValueError, match="interval"):
+        aiotools.create_timer(print, 0, singleton="x")
