@@ -104,7 +104,9 @@ def create_timer(
 
         if not callable(cb):
             raise TypeError(f"cb must be callable, not {type(cb).__name__!r}")
-        lease = new_lease(singleton, interval, jitter if isinstance(jitter, (int, float)) else interval if jitter else 0.0)
+        lease = new_lease(
+            singleton, interval, jitter if isinstance(jitter, (int, float)) else interval if jitter else 0.0
+        )
         cb = _elected(cb, lease)
     try:
         timer = _create_timer(

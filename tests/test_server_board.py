@@ -288,7 +288,7 @@ class TestHangs:
     def test_it_is_found_within_the_timeout_and_a_second(self, quick, caplog):
         hung = self.run(quick, "python")
         # From the first turn of its loop, and with the time that the kill takes; the machine may be busy.
-        assert 0.4 <= hung.ended - hung.ready
+        assert hung.ended - hung.ready >= 0.4
         [record] = [r for r in caplog.records if "hangs: its loop" in r.getMessage()]
         assert 0.4 <= float(record.args[1]) < 5
 

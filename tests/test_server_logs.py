@@ -29,9 +29,7 @@ class Collector(logging.Handler):
         self.records.append(record)
 
     def of(self, name, **facts):
-        return [
-            r for r in self.records if r.name == name and all(getattr(r, k, None) == v for k, v in facts.items())
-        ]
+        return [r for r in self.records if r.name == name and all(getattr(r, k, None) == v for k, v in facts.items())]
 
 
 @pytest.fixture
@@ -82,7 +80,9 @@ class TestWholeness:
     @pytest.mark.parametrize("how", ["stop", "kill"])
     def test_no_line_is_lost_torn_or_out_of_order(self, play, collector, how):
         lines = 150
-        script(play, (lambda: play.count("logged") == 2, (lambda: None) if how == "kill" else lambda: kill(signal.SIGTERM)))
+        script(
+            play, (lambda: play.count("logged") == 2, (lambda: None) if how == "kill" else lambda: kill(signal.SIGTERM))
+        )
         play.start(workers.logging_worker, lines, how, num_workers=2, log_config=True)
         for index in range(2):
             for name in ("test.a", "test.b"):
@@ -216,7 +216,9 @@ class TestConfig:
 
     def test_a_file_per_process(self, quick, tmp_path, root):
         quick.on_event("ready", lambda: (logging.getLogger("test.parent").warning("it is me"), kill(signal.SIGTERM)))
-        config = LogConfig(per_process=f"{tmp_path}/{{role}}-{{index}}.log", level="DEBUG", format="%(name)s %(message)s")
+        config = LogConfig(
+            per_process=f"{tmp_path}/{{role}}-{{index}}.log", level="DEBUG", format="%(name)s %(message)s"
+        )
         quick.start(workers.facts, num_workers=2, log_config=config, plugins=[quick.plugin])
         for index in range(2):
             text = (tmp_path / f"worker-{index}.log").read_text()
@@ -294,9 +296,7 @@ class TestReopening:
     def test_sigusr1_opens_renamed_files_anew(self, quick, tmp_path, root, per_process):
         go_r, go_w = quick.ctx.Pipe(duplex=False)
         path = tmp_path / ("worker-0.log" if per_process else "all.log")
-        config = (
-            LogConfig(per_process=f"{tmp_path}/{{role}}-{{index}}.log") if per_process else LogConfig(file=path)
-        )
+        config = LogConfig(per_process=f"{tmp_path}/{{role}}-{{index}}.log") if per_process else LogConfig(file=path)
 
         def rotate():
             os.rename(path, tmp_path / "old.log")

@@ -53,7 +53,7 @@ def thread_count():
 
 async def wait_for_a_beat(watchdog):
     before = watchdog.stats().beats
-    while watchdog.stats().beats == before:  # noqa: ASYNC110
+    while watchdog.stats().beats == before:
         await aiotools.sleep(0.001)
 
 

@@ -378,7 +378,7 @@ class StatusBoard(ServerPlugin):
             slot.release()
         except BufferError:
             pass
-        if child.kind != "thread" or child.exitcode is not None and child.exitcode >= 0:
+        if child.kind != "thread" or (child.exitcode is not None and child.exitcode >= 0):
             # A thread that was given up may go on writing.
             self._free.append(number)
 

@@ -96,9 +96,7 @@ class LogConfig:
                 raise ValueError(f"{name}: {level!r} is no level")
         if self.per_process is not None:
             try:
-                found = {
-                    self.per_process.format(role=r, index=i, generation=0, pid=0) for r in "we" for i in range(2)
-                }
+                found = {self.per_process.format(role=r, index=i, generation=0, pid=0) for r in "we" for i in range(2)}
             except (KeyError, IndexError) as exc:
                 raise ValueError(f"per_process: unknown field {exc} in {self.per_process!r}") from None
             if len(found) < 2 or "{index}" not in self.per_process:

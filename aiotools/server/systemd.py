@@ -134,7 +134,9 @@ class SystemdNotifier(ServerPlugin):
         elif event in ("reloaded", "abandoned"):
             # READY ends the reload for systemd, whatever became of it; STATUS says what.
             self._state = "running"
-            self._note = f"generation {facts['generation']} was abandoned: {facts['reason']}" if event == "abandoned" else ""
+            self._note = (
+                f"generation {facts['generation']} was abandoned: {facts['reason']}" if event == "abandoned" else ""
+            )
             self._tell("READY=1", self._status_line())
         elif event == "stopping":
             self._state = "stopping"
