@@ -94,7 +94,10 @@ class BuildCore(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         self.name = build_name()
-        self.build_temp = str(Path(self.build_temp).parent / f"temp.{self.name}")
+        given = Path(self.build_temp).absolute()
+        # pip gives a temporary folder of its own; beside it is no place for us.
+        place = given.parent if given.is_relative_to(HERE.absolute()) else given
+        self.build_temp = str(place / f"temp.{self.name}")
         # What was linked last into the place where Python will find it?
         if self.inplace:
             self.stamp = HERE / "build" / f"inplace.{sysconfig.get_config_var('SOABI')}"

@@ -82,7 +82,7 @@ async def electing(loop, index, args):
 
     # The first worker shall have it first, wherever there are two.
     if index == 1 and how is not None:
-        while not any(lease._leases._words[i] for i in range(1, 512, 2)):  # noqa: ASYNC110
+        while not any(lease._leases._words[i] for i in range(1, 512, 2)):
             await asyncio.sleep(0.001)
     task = loop.create_task(tick())
     yield

@@ -56,7 +56,7 @@ async def reporting(loop, index, args):
 async def slow_start(loop, index, args):
     wire, go = args
     wire.send(("starting", index))
-    while not go.poll():  # noqa: ASYNC110
+    while not go.poll():
         await asyncio.sleep(0.01)
     wire.send(("entered", index))
     received = yield
@@ -69,7 +69,7 @@ async def slow_stop(loop, index, args):
     wire.send(("enter", index))
     received = yield
     wire.send(("leaving", index, received))
-    while not go.poll():  # noqa: ASYNC110
+    while not go.poll():
         await asyncio.sleep(0.01)
     wire.send(("left", index, received))
 
@@ -82,7 +82,7 @@ async def never_stops(loop, index, args):
         yield
     finally:
         wire.send(("leaving", index))
-        while True:  # noqa: ASYNC110
+        while True:
             await asyncio.sleep(0.01)
 
 
@@ -277,7 +277,7 @@ async def hangs_in_stop(loop, index, args):
     wire.send(("enter", index))
     yield
     wire.send(("leaving", index))
-    time.sleep(3600)  # noqa: ASYNC251
+    time.sleep(3600)
 
 
 @server_context
@@ -413,7 +413,7 @@ async def eats_memory(loop, index, args):
     me = current_worker()
     wire.send(("enter", index, me.serial))
     if me.serial == 1:
-        with open("/proc/self/statm") as f:  # noqa: ASYNC230
+        with open("/proc/self/statm") as f:
             used = int(f.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**25, used + 2**25))
         eaten = []

@@ -4,7 +4,6 @@ import asyncio
 
 import pytest
 
-import aiotools
 from aiotools import ShieldScope, UnfinishedTasksError, cancel_and_wait, cancel_requests, trace_cancellation
 
 

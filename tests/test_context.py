@@ -235,7 +235,7 @@ async def raises_another(log, suspend):
         yield 1
     except BaseException:
         await turn(suspend)
-        raise Error("another")  # noqa: B904
+        raise Error("another")
 
 
 async def raises_another_from_it(log, suspend):
@@ -263,7 +263,7 @@ async def raises_a_stop_instead(log, suspend):
     try:
         yield 1
     except BaseException:
-        raise StopAsyncIteration("instead")  # noqa: B904
+        raise StopAsyncIteration("instead")
 
 
 async def fails_in_finally(log, suspend):
@@ -308,7 +308,7 @@ async def raises_in_a_handler():
     try:
         raise KeyError("first")
     except KeyError:
-        raise Error("second")  # noqa: B904
+        raise Error("second")
 
 
 class Unequal(Exception):

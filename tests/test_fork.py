@@ -321,7 +321,7 @@ class TestWait:
     async def test_a_status_that_something_else_collected_is_255_with_a_warning(self, method, child_class, caplog):
         child = await afork(sleep_forever, mp_context=multiprocessing.get_context(method))
         child.send_signal(signal.SIGTERM)
-        os.waitpid(child.pid, 0)  # noqa: ASYNC222
+        os.waitpid(child.pid, 0)
         assert await child.wait() == 255
         assert await child.wait() == 255
         assert "255" in caplog.text
@@ -336,7 +336,7 @@ class TestWait:
     async def test_without_a_wait_the_child_is_collected_all_the_same(self):
         child = await afork(functools.partial(return_value, 3), mp_context=multiprocessing.get_context("spawn"))
         wait_process_gone(child.pid)
-        while child._pidfd >= 0:  # noqa: ASYNC110
+        while child._pidfd >= 0:
             await asyncio.sleep(0)
         assert child.pid not in children_of()
 

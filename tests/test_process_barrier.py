@@ -23,7 +23,7 @@ METHODS = multiprocessing.get_all_start_methods() if sys.platform != "win32" els
 
 
 async def until_two_wait(barrier):
-    while barrier.n_waiting < 2:  # noqa: ASYNC110
+    while barrier.n_waiting < 2:
         await asyncio.sleep(0)
 
 

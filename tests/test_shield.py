@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-import aiotools
 from aiotools import ShieldScope, TaskGroup, TaskScope, cancel_and_wait, move_on_after
 
 SYNC = [False, True]

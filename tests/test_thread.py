@@ -193,7 +193,7 @@ class TestLife:
 
         async def release():
             nonlocal turns
-            while parked.release is None:  # noqa: ASYNC110
+            while parked.release is None:
                 await asyncio.sleep(0)
             while turns < 10:
                 await asyncio.sleep(0)
@@ -216,7 +216,7 @@ class TestLife:
                 lt.submit(parked.run())
 
         task = asyncio.create_task(use())
-        while parked.release is None:  # noqa: ASYNC110
+        while parked.release is None:
             await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

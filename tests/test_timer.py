@@ -18,12 +18,12 @@ import weakref
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from model.clock import HandClock
+from model.timer import TimerModel
 
 import aiotools
 from aiotools import Timer, TimerDelayPolicy, create_timer
 from aiotools.timer import TimerStats
-from model.clock import HandClock
-from model.timer import TimerModel
 
 HAVE_EAGER_START = sys.version_info >= (3, 12)
 var = contextvars.ContextVar("var", default="unset")

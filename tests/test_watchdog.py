@@ -264,7 +264,7 @@ class TestLife:
         try:
             with LoopWatchdog(hang_timeout=60, file=pipe[1], signum=signal.SIGUSR2):
                 os.kill(os.getpid(), signal.SIGUSR2)
-                while not got:  # noqa: ASYNC110
+                while not got:
                     await asyncio.sleep(0)
         finally:
             signal.signal(signal.SIGUSR2, before)

@@ -94,7 +94,7 @@ class TimerModel:
 
     def run(self):
         """All that is to be done now."""
-        while not self.over and not self.blocked and (self.triggers or not self.paused and self.due(self.k) <= self.now):
+        while not self.over and not self.blocked and (self.triggers or (not self.paused and self.due(self.k) <= self.now)):
             if self.triggers:
                 if not self.make_room():
                     return
