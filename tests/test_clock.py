@@ -418,7 +418,8 @@ class TestRemainingDelay:
             await asyncio.sleep(1e9)
             assert not fired.done()
             await fired
-            assert real_now(loop) >= began + 0.02
+            # uvloop rounds its own timers to the nearest millisecond.
+            assert real_now(loop) >= began + 0.018
             assert clock.vtime == 1e9
         assert later.when() == pytest.approx(began + 1000, abs=10)
         later.cancel()

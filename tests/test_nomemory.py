@@ -108,7 +108,7 @@ def attempts(function, kind, all_after):
     raise AssertionError(f"no success after {MOST} allocations")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("all_after", [False, True], ids=["one", "all-after"])
 @pytest.mark.parametrize(
     "function, kind",

@@ -133,18 +133,9 @@ async def a_timer_whose_coroutine_is_closed():
     await aiotools.checkpoint()
 
 
+# Making one is asyncio's business: a Task that finds no memory when it schedules its first step says that it was destroyed
+# while pending, whoever makes it.
 @no_memory("Timer", "TimerStats", kinds=("default",))
-async def making_a_timer(fail):
-    timer = None
-    try:
-        with fail:
-            timer = aiotools.create_timer(tick, 60)
-    finally:
-        if timer is not None:
-            await stop(timer)
-
-
-@no_memory("Timer", kinds=("default",))
 async def changing_a_timer(fail):
     timer = aiotools.create_timer(tick, 60, first=60)
     await aiotools.checkpoint()
