@@ -99,7 +99,7 @@ def child(
     return _attempts(factory, timeout, retry or restart, restart is not None, getattr(scope, "_statistics", None))
 
 
-async def _attempts(factory, timeout, policy, again, counters):  # type: ignore[no-untyped-def]
+async def _attempts(factory: Any, timeout: Any, policy: Any, again: bool, counters: Any) -> Any:
     loop = asyncio.get_running_loop()
     failures = 0
     while True:
@@ -188,7 +188,7 @@ class _Gated(Coroutine[Any, Any, Any]):
         self._started = False
         self.__name__ = getattr(coro, "__name__", type(coro).__name__)
         self.__qualname__ = getattr(coro, "__qualname__", self.__name__)
-        self._run = self._gated()
+        self._run: Any = self._gated()
 
     async def _gated(self) -> Any:
         try:
@@ -248,7 +248,7 @@ class _Gated(Coroutine[Any, Any, Any]):
     @property
     def cr_running(self) -> bool:
         """Whether it is being run right now."""
-        return self._run.cr_running
+        return bool(self._run.cr_running)
 
     @property
     def cr_await(self) -> Any:

@@ -144,7 +144,7 @@ class trace_cancellation:
         task = asyncio.Task(coro, loop=loop, **kwargs) if before is None else before(loop, coro, **kwargs)
         requests: list[CancelRequest] = []
         try:
-            task._aiotools_cancel_requests = requests
+            task._aiotools_cancel_requests = requests  # type: ignore[union-attr]
         except AttributeError:
             # A task of a foreign type that takes no attributes.
             return task
@@ -161,6 +161,6 @@ class trace_cancellation:
 
         cancel._aiotools_trace = self  # type: ignore[attr-defined]
         cancel._aiotools_before = earlier  # type: ignore[attr-defined]
-        task.cancel = cancel
+        task.cancel = cancel  # type: ignore[method-assign]
         self._tasks.add(task)
         return task

@@ -32,9 +32,9 @@ class Supervisor(TaskScope):
         super().__init__(exception_handler=None, context=context)
         self._statistics = _Counters()
 
-    def create_task(self, coro, *, name=None, context=None, **kwargs):  # type: ignore[no-untyped-def, override]
+    def create_task(self, coro, *, name=None, context=None, **kwargs):  # type: ignore[no-untyped-def]
         task = super().create_task(coro, name=name, context=context, **kwargs)
-        self._statistics.add(task)
+        self._statistics.add(task)  # type: ignore[no-untyped-call]
         return task
 
     create_task.__doc__ = TaskScope.create_task.__doc__

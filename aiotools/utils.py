@@ -382,11 +382,11 @@ async def map_safe(
         await feed.close()
 
 
-def _calls(func, items):  # type: ignore[no-untyped-def]
+def _calls(func: Any, items: Any) -> Any:
     for item in items:
         yield func(item)
 
 
-async def _calls_async(func, items):  # type: ignore[no-untyped-def]
+async def _calls_async(func: Any, items: Any) -> Any:
     async for item in items:
         yield func(item)

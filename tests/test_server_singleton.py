@@ -1,6 +1,7 @@
 """One of N: leases among the workers of a server."""
 
 import asyncio
+import itertools
 import os
 import signal
 import threading
@@ -214,7 +215,7 @@ class TestServer:
         holders = [m[1:] for m in play.said if m[0] == "held"]
         assert holders[0][0] == 0
         pids = [pid for _, pid in holders]
-        assert len([1 for a, b in zip(pids, pids[1:], strict=False) if a != b]) <= 2
+        assert len([1 for a, b in itertools.pairwise(pids) if a != b]) <= 2
 
     def test_a_classic_server_has_leases_too(self, play):
         def react(message):

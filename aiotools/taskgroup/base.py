@@ -16,7 +16,7 @@ __all__ = (
 )
 
 
-class TaskGroup(_TaskGroupCore, asyncio.TaskGroup):
+class TaskGroup(_TaskGroupCore, asyncio.TaskGroup):  # type: ignore[misc]
     """An :class:`asyncio.TaskGroup` with a name, a :data:`current_taskgroup`, and all that Python 3.15 has.
 
     Parameters:

@@ -163,7 +163,7 @@ class PersistentTaskGroup:
     async def _handle(self) -> None:
         """Call the handler; the failure is being handled."""
         try:
-            await self._exception_handler(*sys.exc_info())  # type: ignore[arg-type]
+            await self._exception_handler(*sys.exc_info())
         except asyncio.CancelledError:
             raise
         except Exception as exc:
@@ -263,4 +263,4 @@ class PersistentTaskGroup:
                 current_ptaskgroup.reset(token)
             self._finish()
             self._base_error = None
-            exc = tb = cancelled = None
+            exc = cancelled = None

@@ -50,7 +50,7 @@ class TaskGroupError(MultiError):
     """
 
 
-class _OrdinaryTaskGroupError(TaskGroupError, ExceptionGroup[Exception]):  # type: ignore[misc]
+class _OrdinaryTaskGroupError(TaskGroupError, ExceptionGroup[Exception]):
     """A TaskGroupError of ordinary exceptions."""
 
     __doc__ = TaskGroupError.__doc__

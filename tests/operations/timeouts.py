@@ -71,6 +71,12 @@ async def bad_arguments():
                 pass
 
 
+@no_memory("timeout_at", kinds=("default",))
+async def making_a_timeout_at(fail):
+    with fail:
+        aiotools.timeout_at(60.0)
+
+
 @no_memory("timeout", "Timeout", kinds=("default",))
 async def entering_a_timeout(fail):
     manager = step = None
