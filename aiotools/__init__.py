@@ -18,7 +18,7 @@ from .context import (
 )
 from .defer import AsyncDeferFunc, AsyncDeferrable, DeferFunc, adefer, defer
 from .fork import AbstractChildProcess, PidfdChildProcess, PosixChildProcess, afork
-from .func import apartial
+from .func import apartial, lru_cache
 from .iter import aiter
 from .queue import (
     AsyncQueue,
@@ -103,6 +103,7 @@ __all__ = (
     "afork",
     # func
     "apartial",
+    "lru_cache",
     # iter
     "aiter",
     # server

@@ -9,13 +9,26 @@ from collections.abc import (
     Callable,
     Collection,
     Coroutine,
+    Hashable,
     Iterable,
     Iterator,
     Mapping,
 )
 from contextvars import ContextVar
 from types import EllipsisType, TracebackType
-from typing import Any, Generic, NamedTuple, ParamSpec, Protocol, Self, SupportsIndex, TypeVar, final, overload
+from typing import (
+    Any,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    Self,
+    SupportsIndex,
+    TypedDict,
+    TypeVar,
+    final,
+    overload,
+)
 
 from _typeshed import structseq
 
@@ -506,3 +519,34 @@ class _Watchdog:
     def beat(self, /) -> float | None: ...
     def stop(self, /) -> None: ...
     def read(self, /) -> tuple[int, float, int, float, tuple[int, ...]]: ...
+
+# lrucache.c
+class _CacheInfo(NamedTuple):
+    hits: int
+    misses: int
+    maxsize: int | None
+    currsize: int
+
+class _CacheParameters(TypedDict):
+    maxsize: int | None
+    typed: bool
+    tasks: int
+    closed: bool
+
+@final
+class LruCache(Generic[_P, _R]):
+    def __new__(
+        cls,
+        func: Callable[_P, Coroutine[Any, Any, _R]],
+        maxsize: int | None,
+        typed: bool,
+        expire_after: float | None,
+    ) -> Self: ...
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, _R]: ...
+    def __get__(self, instance: object, owner: type | None = None, /) -> Any: ...
+    def cache_info(self, /) -> _CacheInfo: ...
+    def cache_parameters(self, /) -> _CacheParameters: ...
+    def cache_clear(self, /) -> None: ...
+    def cache_invalidate(self, /, *args: Hashable, **kwargs: Hashable) -> bool: ...
+    def cache_contains(self, /, *args: Hashable, **kwargs: Hashable) -> bool: ...
+    def cache_close(self, /, *, wait: bool = False) -> Coroutine[Any, Any, None]: ...

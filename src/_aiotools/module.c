@@ -11,6 +11,7 @@
 #include "ctxmgr.h"
 #include "freelist.h"
 #include "loopstate.h"
+#include "lrucache.h"
 #include "page.h"
 #include "queue.h"
 #include "resetting.h"
@@ -126,7 +127,8 @@ module_exec(PyObject *module)
         || aiot_scope_add_types(module) < 0
         || aiot_queue_add_types(module) < 0
         || aiot_timer_add_types(module) < 0
-        || aiot_collect_add_types(module) < 0)
+        || aiot_collect_add_types(module) < 0
+        || aiot_lrucache_add_types(module) < 0)
     {
         return -1;
     }

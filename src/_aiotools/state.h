@@ -99,7 +99,9 @@
     V(items) \
     V(items_put) \
     V(max) \
-    V(maxsize)
+    V(maxsize) \
+    /* lru_cache */ \
+    V(wait)
 
 /* Imported objects: field, module, attribute. */
 #define AIOT_IMPORTS(V) \
@@ -161,6 +163,11 @@
     V(DoneType) \
     V(IndexedChildType) \
     V(LoopStateType) \
+    V(LruBoundType) \
+    V(LruCacheType) \
+    V(LruCallType) \
+    V(LruCloseType) \
+    V(LruEntryType) \
     V(PatchType) \
     V(ScopeEnterType) \
     V(ScopeExitType) \
@@ -196,6 +203,8 @@
     V(loop_token)         /* LoopExceptionHandler.TOKEN */ \
     V(kw_eager_start)     /* ("eager_start",) */ \
     V(no_loop)            /* stands in for a loop where a finished future needs one */ \
+    V(LruInfo)            /* the named tuple of cache_info() */ \
+    V(lru_mark)           /* between the arguments and the keywords of a key */ \
     V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */ \
     V(shield_var)         /* the context variable that says which shield one is inside */ \
     V(stop_false)         /* a StopIteration(False) that is used again and again (awaitable.c), or NULL */ \
