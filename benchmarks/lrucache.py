@@ -60,7 +60,9 @@ def sides_for(sides, **options):
 RIVALS = {"async-lru": 5.5, "asyncstdlib": 4, "PyPI aiotools": 5.5}
 
 
-@case("lru_hit", must={**RIVALS, "bare coroutine": 1 / 1.2}, aim={"async-lru": 6.5, "asyncstdlib": 5, "bare coroutine": 1})
+@case(
+    "lru_hit", must={**RIVALS, "bare coroutine": 1 / 1.2}, aim={"async-lru": 6.5, "asyncstdlib": 5, "bare coroutine": 1}
+)
 def lru_hit(sides, loop_kind):
     """A call whose result is there."""
     sides_for(sides)

@@ -68,7 +68,13 @@ async def cached_methods():
 
 @operation("lru_cache")
 def wrong_arguments_of_caches():
-    for args, kwargs in [(("1",), {}), ((1.5,), {}), ((len,), {}), ((1,), {"expire_after": "1"}), ((), {"expire_after": -1})]:
+    for args, kwargs in [
+        (("1",), {}),
+        ((1.5,), {}),
+        ((len,), {}),
+        ((1,), {"expire_after": "1"}),
+        ((), {"expire_after": -1}),
+    ]:
         try:
             aiotools.lru_cache(*args, **kwargs)
         except (TypeError, ValueError, RuntimeError, NotImplementedError):
