@@ -62,7 +62,8 @@ build: venv ## compile the core where it is imported from; only what changed
 # On CI's shared machines a failure that does not repeat is shown and not fatal: what failed runs once more. A crash leaves
 # nothing to repeat, so it stays one.
 test: build ## the suite on all loop kinds
-	$(PYTEST) $(ARGS) $(if $(CI),|| { echo "--- once more, what failed" && $(PYTEST) $(ARGS) --last-failed --last-failed-no-failures=none; })
+	$(PYTEST) $(ARGS) || { [[ -n "$${CI:-}" ]] && echo "--- once more what failed" && \
+	    $(PYTEST) $(ARGS) --last-failed --last-failed-no-failures=none; }
 
 .PHONY: demo
 demo: build ## a service with 1,000 clients on both loops, then with workers, a rolling restart and a kill in the middle
