@@ -63,7 +63,7 @@ def lru_cache(maxsize: Any = 128, typed: bool = False, *, expire_after: float | 
 
 
 async def _never_called() -> None:
-    pass
+    """Stands in for the function while the arguments are looked at."""
 
 
 def _wrap(func: Any, *, maxsize: int | None, typed: bool, expire_after: float | None) -> Any:

@@ -110,7 +110,7 @@ class TestDecoration:
         run(cached())
         ref = weakref.ref(cached)
         f.cached = cached
-        del f, cached
+        f = cached = None
         gc.collect()
         assert ref() is None
 

@@ -288,7 +288,7 @@ cache_find_fresh_lock_held(CacheObject *self, PyObject *key, EntryObject **found
 static void
 entry_touch_lock_held(EntryObject *self)
 {
-    if (!aiot_link_is_out(&self->recent)) {
+    if (!aiot_link_is_out(&self->recent) && self->recent.next != &self->cache->recent) {
         aiot_link_remove(&self->recent);
         aiot_link_append(&self->cache->recent, &self->recent);
     }
@@ -1018,13 +1018,13 @@ cache_is_at_home(CacheObject *self, aiot_state *state)
     if (self->loop == NULL) {
         return false;
     }
-    AiotLoop *loop = aiot_loop_get_running(state);
+    PyObject *loop = PyObject_CallNoArgs(state->maybe_running_loop);
     if (loop == NULL) {
-        /* Called before the loop runs, as in asyncio.run(f()): what there is to say is said when it is awaited. */
+        /* Said again when the call is awaited. */
         PyErr_Clear();
         return false;
     }
-    bool same = loop == self->loop;
+    bool same = loop == self->loop->loop;
     Py_DECREF(loop);
     return same;
 }
