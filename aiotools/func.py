@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Coroutine
 from functools import partial as apartial
 from typing import Any, ParamSpec, TypeVar, overload
@@ -16,6 +17,13 @@ __all__ = ("apartial", "lru_cache")
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+
+def _is_coroutine_function(function: object) -> bool:
+    if inspect.iscoroutinefunction(function):
+        return True
+    # Before 3.12 the mark that such a callable object bears is known to asyncio only; from 3.14 on, asking it warns.
+    return sys.version_info < (3, 12) and asyncio.iscoroutinefunction(function)
 
 
 @overload
@@ -70,7 +78,7 @@ def _wrap(func: Any, *, maxsize: int | None, typed: bool, expire_after: float | 
     origin = func
     while isinstance(origin, (functools.partial, functools.partialmethod)):
         origin = origin.func
-    if not inspect.iscoroutinefunction(origin) and not asyncio.iscoroutinefunction(origin):
+    if not _is_coroutine_function(origin):
         raise RuntimeError(f"lru_cache() needs a coroutine function, not {func!r}")
     if isinstance(func, functools.partialmethod):
         func = func.__get__(None, object)

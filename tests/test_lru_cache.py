@@ -5,6 +5,7 @@ import functools
 import gc
 import inspect
 import pickle
+import sys
 import weakref
 
 import pytest
@@ -84,7 +85,8 @@ class TestDecoration:
         assert "lru_cache" in repr(cached)
 
     def test_counts_as_a_coroutine_function(self):
-        assert asyncio.iscoroutinefunction(at_module_level)
+        if sys.version_info < (3, 14):
+            assert asyncio.iscoroutinefunction(at_module_level)
         if hasattr(inspect, "markcoroutinefunction"):
             assert inspect.iscoroutinefunction(at_module_level)
 
@@ -423,7 +425,7 @@ class TestMethods:
         assert bound == one.method
         assert bound.__name__ == "method"
         assert bound.__doc__ == "Of a thing."
-        assert asyncio.iscoroutinefunction(bound)
+        assert (asyncio if sys.version_info < (3, 12) else inspect).iscoroutinefunction(bound)
         assert bound.cache_info() == Thing.method.cache_info() == (2, 2, 128, 2)
         assert bound.cache_contains(1)
         assert bound.cache_invalidate(1)

@@ -6,7 +6,7 @@ import aiotools
 from operations import no_memory, operation
 
 
-@operation("lru_cache")
+@operation("lru_cache", "LruCache")
 async def hits_and_misses():
     @aiotools.lru_cache(2, expire_after=60)
     async def double(x, *, extra=None):
@@ -24,7 +24,7 @@ async def hits_and_misses():
     double(5).close()
 
 
-@operation("lru_cache")
+@operation("lru_cache", "LruCache")
 async def calls_that_share_a_flight():
     @aiotools.lru_cache
     async def fails(x):
@@ -35,7 +35,7 @@ async def calls_that_share_a_flight():
         assert isinstance(error, ValueError)
 
 
-@operation("lru_cache")
+@operation("lru_cache", "LruCache")
 async def calls_that_are_cancelled():
     @aiotools.lru_cache
     async def sleeps(x):
@@ -52,7 +52,7 @@ async def calls_that_are_cancelled():
     await asyncio.wait([task])
 
 
-@operation("lru_cache")
+@operation("lru_cache", "LruCache")
 async def cached_methods():
     class Thing:
         @aiotools.lru_cache
@@ -66,7 +66,7 @@ async def cached_methods():
     bound.cache_invalidate(1)
 
 
-@operation("lru_cache")
+@operation("lru_cache", "LruCache")
 def wrong_arguments_of_caches():
     for args, kwargs in [
         (("1",), {}),
@@ -81,7 +81,7 @@ def wrong_arguments_of_caches():
             pass
 
 
-@no_memory("lru_cache", kinds=("default",))
+@no_memory("lru_cache", "LruCache", kinds=("default",))
 async def a_hit(fail):
     @aiotools.lru_cache
     async def double(x):
@@ -92,7 +92,7 @@ async def a_hit(fail):
         await double(1)
 
 
-@no_memory("lru_cache", kinds=("default",))
+@no_memory("lru_cache", "LruCache", kinds=("default",))
 async def joining_a_flight(fail):
     @aiotools.lru_cache
     async def sleeps(x):
