@@ -20,8 +20,11 @@ DELAY = 0.05
 
 async def serve(reader, writer):
     line = await reader.readline()
-    await asyncio.sleep(float("inf") if line == b"never\n" else DELAY)
-    writer.write(line.upper())
+    if line == b"never\n":
+        await reader.read()  # until the client hangs up
+    else:
+        await asyncio.sleep(DELAY)
+        writer.write(line.upper())
     writer.close()
 
 

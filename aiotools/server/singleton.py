@@ -18,6 +18,7 @@ Where that matters, ask :meth:`Lease.held` just before the effect, or let the ef
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import time
@@ -154,7 +155,9 @@ class Leases:
         """At the end of the worker."""
         words, self._words = self._words, None
         if words is not None:
-            release_all(words, self._owner)
+            # A thread that was given up may end after the server did, and then there is nothing left to release.
+            with contextlib.suppress(ValueError):
+                release_all(words, self._owner)
 
 
 def lease(name: str, interval: float, jitter: float = 0.0) -> Lease:
