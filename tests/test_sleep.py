@@ -11,6 +11,7 @@ import warnings
 import weakref
 
 import pytest
+from model.clock import HandClock
 
 import aiotools
 from aiotools import _aiotools as core
@@ -264,12 +265,13 @@ class TestWithAsyncio:
         assert counts()[0] == 0
 
     async def test_shield_and_wait(self):
-        inner = asyncio.ensure_future(aiotools.sleep(0.01, "inner"))
-        outer = asyncio.ensure_future(asyncio.shield(inner))
-        await asyncio.sleep(0)
-        outer.cancel()
-        await asyncio.wait([inner, outer])
-        assert outer.cancelled() and inner.result() == "inner"
+        with HandClock().patch() as clock:
+            inner = asyncio.ensure_future(aiotools.sleep(5, "inner"))
+            outer = asyncio.ensure_future(asyncio.shield(inner))
+            await asyncio.sleep(0)
+            outer.cancel()
+            await clock.advance(5)
+            assert outer.cancelled() and inner.result() == "inner"
 
     async def test_run_coroutine_threadsafe(self):
         loop = asyncio.get_running_loop()
@@ -400,15 +402,20 @@ class TestTime:
 
     async def test_deadlines_come_in_their_order_and_ties_in_the_order_of_setting(self):
         loop = asyncio.get_running_loop()
-        base = loop.time() + 0.01
         order = []
 
         async def one(name, when):
             await aiotools.sleep_until(when)
             order.append(name)
 
-        whens = [("c", base + 0.002), ("a1", base), ("b", base + 0.001), ("a2", base), ("a3", base)]
-        await asyncio.gather(*[one(name, when) for name, when in whens])
+        with HandClock().patch() as clock:
+            base = loop.time() + 10
+            whens = [("c", base + 2), ("a1", base), ("b", base + 1), ("a2", base), ("a3", base)]
+            tasks = [loop.create_task(one(name, when)) for name, when in whens]
+            await clock.settle()
+            # All are due at once: the order is theirs, not that of the loop's turns.
+            await clock.jump(20)
+            await asyncio.wait(tasks)
         assert order == ["a1", "a2", "a3", "b", "c"]
 
     async def test_an_endless_sleep_is_kept_alive_by_the_loop(self):

@@ -12,6 +12,7 @@ import weakref
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from model.clock import HandClock
 
 import aiotools
 from aiotools import Timeout, timeout, timeout_at
@@ -144,15 +145,21 @@ class TestExpiry:
         assert current().cancelling() == 0
 
     async def test_equal_deadlines_nested(self):
-        when = now() + 0.05
-        with pytest.raises(TimeoutError):
-            async with timeout_at(when) as outer:
-                try:
-                    async with timeout_at(when) as inner:
-                        await forever()
-                finally:
-                    assert outer.expired() and inner.expired()
-        assert current().cancelling() == 0
+        async def body():
+            when = now() + 5
+            with pytest.raises(TimeoutError):
+                async with timeout_at(when) as outer:
+                    try:
+                        async with timeout_at(when) as inner:
+                            await forever()
+                    finally:
+                        assert outer.expired() and inner.expired()
+            assert current().cancelling() == 0
+
+        with HandClock().patch() as clock:
+            task = asyncio.create_task(body())
+            await clock.advance(5)
+            await task
 
 
 class TestReschedule:
@@ -404,10 +411,11 @@ class TestCancellationFromOutside:
     async def test_a_request_that_is_pending_at_entry_and_answered_inside_does_not_count(self):
         current().cancel()
         with pytest.raises(TimeoutError):
-            async with timeout(0.001):
+            async with timeout(60) as cm:
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(0)
                 current().uncancel()
+                cm.reschedule(now())
                 await forever()
         assert current().cancelling() == 0
 
