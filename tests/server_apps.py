@@ -42,6 +42,7 @@ def hang_in_python():
 
 
 def hang_with_the_gil():
+    # Unlike CDLL, PyDLL keeps the GIL.
     ctypes.PyDLL(None).sleep(1000)
 
 

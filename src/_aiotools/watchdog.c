@@ -272,7 +272,14 @@ write_native_evidence(watch *w, int64_t age)
     write_text(w->fd, line);
 #if !defined(_WIN32)
     if (w->signum != 0) {
-        kill(getpid(), w->signum);      /* faulthandler writes the stacks of all threads */
+        /* faulthandler writes the stacks of all threads. It does so in this thread: a signal to another one could end the
+         * very call that hangs (EINTR), before anybody has looked. */
+        sigset_t one;
+        sigemptyset(&one);
+        sigaddset(&one, w->signum);
+        pthread_sigmask(SIG_UNBLOCK, &one, NULL);
+        pthread_kill(pthread_self(), w->signum);
+        pthread_sigmask(SIG_BLOCK, &one, NULL);
     }
 #endif
 }
