@@ -3,10 +3,11 @@
 import asyncio
 import ctypes
 import os
+import socket
 import sys
 import time
 
-from aiotools.server import current_worker, server_context
+from aiotools.server import asgi_worker, current_worker, server_context
 
 
 async def respond(send, text):
@@ -34,6 +35,10 @@ async def app(scope, receive, send):
     elif path == "/exit":
         os._exit(7)
     await respond(send, f"{os.getpid()}")
+
+
+# Closes no connection on its own while the server is up.
+patient = asgi_worker("server_apps:app", timeout_keep_alive=3600)
 
 
 def hang_in_python():
@@ -64,9 +69,13 @@ async def echo(loop, index, args):
         finally:
             writer.close()
 
-    server = await asyncio.start_server(serve, sock=me.sockets[0])
+    servers = []
+    for sock in me.sockets:
+        start = asyncio.start_unix_server if sock.family == socket.AF_UNIX else asyncio.start_server
+        servers.append(await start(serve, sock=sock))
     yield
-    server.close()
+    for server in servers:
+        server.close()
 
 
 @server_context
@@ -96,3 +105,17 @@ async def prints(loop, index, args):
     """Prints, whether anybody listens or not."""
     yield
     print("the end", file=sys.stdout, flush=True)
+
+
+@server_context
+async def waits_for_files(loop, index, args):
+    """Says that it starts, and that it drains, and does so for as long as the files exist."""
+
+    async def gone(name, what):
+        print(f"worker {index}: {what}", file=sys.stderr, flush=True)
+        while os.path.exists(os.environ[name]):
+            await asyncio.sleep(0.01)
+
+    await gone("DEPLOY_STARTING", "starting")
+    yield
+    await gone("DEPLOY_DRAINING", "draining")

@@ -71,7 +71,12 @@ def add_parsers(commands: Any) -> None:
 
     control = commands.add_parser("control", help="talk to a running service", description="Talk to a running service.")
     control.add_argument("socket", help="its control socket")
-    control.add_argument("verb", choices=["restart", "reload", "status", "more", "less", "stop"])
+    control.add_argument(
+        "verb",
+        choices=["restart", "reload", "status", "more", "less", "stop", "ready", "live"],
+        help="restart: rolling, returns when it is over; reload: log files and on_reload hooks; status: as JSON; more, less: "
+        "one worker; ready, live: exit with 1 if it is not (for probes)",
+    )
     control.add_argument("--timeout", type=_seconds, default=60.0, metavar="S", help="time for the answer")
     control.set_defaults(run=run_control)
 

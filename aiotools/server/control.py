@@ -20,9 +20,24 @@ from .sockets import open_unix_socket
 if TYPE_CHECKING:
     from .supervise import Supervisor
 
-__all__ = ("ControlError", "ControlSocket", "PidFile", "command", "less", "more", "reload", "restart", "status", "stop")
+__all__ = (
+    "ControlError",
+    "ControlSocket",
+    "PidFile",
+    "command",
+    "less",
+    "live",
+    "more",
+    "ready",
+    "reload",
+    "restart",
+    "status",
+    "stop",
+)
 
-VERBS = ("restart", "reload", "status", "more", "less", "stop")
+VERBS = ("restart", "reload", "status", "more", "less", "stop", "ready", "live")
+#: Seconds after which a loop that does not turn counts as standing still, in a server without ``hang_timeout``.
+STANDSTILL = 30.0
 
 
 class ControlError(RuntimeError):
@@ -32,7 +47,7 @@ class ControlError(RuntimeError):
 def command(path: str | os.PathLike[str], verb: str, *, timeout: float | None = 60.0, **fields: Any) -> dict[str, Any]:
     """Send a command to the server whose control socket is at *path*; returns its answer.
 
-    :param verb: ``"restart"``, ``"reload"``, ``"status"``, ``"more"``, ``"less"`` or ``"stop"``.
+    :param verb: ``"restart"``, ``"reload"``, ``"status"``, ``"more"``, ``"less"``, ``"stop"``, ``"ready"`` or ``"live"``.
     :param timeout: seconds to wait for the answer; None: for ever.
     :param fields: further fields of the command; ``wait=True`` lets ``restart`` answer when it is done.
     :raises ControlError: the server says no, or the restart was abandoned.
@@ -83,6 +98,28 @@ def less(path: str | os.PathLike[str]) -> dict[str, Any]:
 def stop(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Stop the server; returns when it has begun to."""
     return command(path, "stop")
+
+
+def ready(path: str | os.PathLike[str], *, timeout: float | None = 60.0) -> dict[str, Any]:
+    """Whether the server takes requests: it has been up, is not stopping, and a worker is ready whose loop turns.
+
+    Meant for readiness and startup probes.
+
+    :returns: ``{"state": ..., "ready": number of such workers, "workers": number of all}``.
+    :raises ControlError: it is not ready, and why.
+    """
+    return command(path, "ready", timeout=timeout)
+
+
+def live(path: str | os.PathLike[str], *, timeout: float | None = 60.0) -> dict[str, Any]:
+    """Whether the server is worth keeping: the parent answers, and not all of its workers stand still.
+
+    Meant for liveness probes.  True while the server starts, reloads and drains; single workers that hang it replaces itself.
+
+    :returns: as :func:`ready`.
+    :raises ControlError: no loop of any worker turns.
+    """
+    return command(path, "live", timeout=timeout)
 
 
 class ControlSocket(ServerPlugin):
@@ -143,6 +180,8 @@ class ControlSocket(ServerPlugin):
             return {"ok": False, "error": f"unknown verb {verb!r}; there are {', '.join(VERBS)}"}
         if verb == "status":
             return {"ok": True, **sup.status()}
+        if verb in ("ready", "live"):
+            return self._health(verb)
         if sup.stop_signal is not None:
             return {"ok": False, "error": "the server is stopping"}
         if verb == "stop":
@@ -161,6 +200,29 @@ class ControlSocket(ServerPlugin):
                 self._rolls.discard(done)
         sup.command(verb)
         return {"ok": True}
+
+    def _health(self, verb: str) -> dict[str, Any]:
+        """The answer to a probe, from the status board: nobody is asked who may hang."""
+        from .board import StatusBoard
+
+        sup = self._sup
+        assert sup is not None
+        state = sup.status()["state"]
+        workers = [c for c in sup.children if c.role == "worker"]
+        late: set[Any] = set()
+        turning = True
+        for plugin in sup.plugins:
+            if isinstance(plugin, StatusBoard):
+                late.update(plugin.late(plugin.hang_timeout or STANDSTILL))
+                beating = [c for c in plugin.beating() if c.role == "worker"]
+                turning = not beating or any(c not in late for c in beating)
+        count = sum(c.state.value == "ready" and c not in late for c in workers)
+        facts = {"state": state, "ready": count, "workers": len(workers)}
+        # Without workers there is nothing to wait for.
+        serves = state in ("running", "reloading") and (count > 0 or not sup.num_workers)
+        if turning if verb == "live" else serves:
+            return {"ok": True, **facts}
+        return {"ok": False, "error": f"{state}, {count} of {len(workers)} workers are ready and turn"}
 
     def server_event(self, event: str, **facts: Any) -> None:
         if event in ("reloaded", "abandoned", "stopping"):
