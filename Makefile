@@ -104,6 +104,8 @@ bench: build ## the benchmarks, side by side with asyncio and its rivals
 .PHONY: load
 load: build ## servers restarted, killed, hung and stopped under load, side by side with the peers
 	@tools/venv $(PYTHON) $(VENV) load
+	@[ -e .work/rivals/aiotools ] || { echo "--- installing aiotools 2.2 into .work/rivals" && \
+	    $(PY) -m pip --disable-pip-version-check install --quiet --target .work/rivals aiotools==2.2.4 typing_extensions; }
 	$(PY) -m benchmarks.server $(ARGS)
 
 .PHONY: dist
