@@ -1728,7 +1728,7 @@ add_loop_token(PyObject *module, aiot_state *state)
 {
     PyObject *enum_module = PyImport_ImportModule("enum");
     PyObject *make = enum_module == NULL ? NULL : PyObject_GetAttrString(enum_module, "Enum");
-    PyObject *args = Py_BuildValue("(s(s))", "LoopExceptionHandler", "TOKEN");
+    PyObject *args = Py_BuildValue("(s{si})", "LoopExceptionHandler", "TOKEN", 0);
     PyObject *kwargs = Py_BuildValue("{ss}", "module", "aiotools.taskcontext");
     PyObject *type = make == NULL || args == NULL || kwargs == NULL ? NULL : PyObject_Call(make, args, kwargs);
     int failed = -1;
