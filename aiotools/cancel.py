@@ -34,17 +34,17 @@ class UnfinishedTasksError(TimeoutError):
 
 
 def _where(task: asyncio.Task[Any]) -> str:
-    """The innermost place in Python code that a suspended task waits in."""
+    """The places in Python code that a suspended task waits in, from its own coroutine to the innermost one."""
     coro: Any = task.get_coro()
-    frame = None
+    places = []
     while coro is not None:
-        found = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None)
-        if found is not None:
-            frame = found
-        coro = getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None)
-    if frame is None:
-        return "not in Python code"
-    return f"{frame.f_code.co_qualname} at {frame.f_code.co_filename}:{frame.f_lineno}"
+        frame = getattr(coro, "cr_frame", None) or getattr(coro, "gi_frame", None) or getattr(coro, "ag_frame", None)
+        if frame is not None:
+            places.append(f"{frame.f_code.co_qualname} at {frame.f_code.co_filename}:{frame.f_lineno}")
+        coro = (
+            getattr(coro, "cr_await", None) or getattr(coro, "gi_yieldfrom", None) or getattr(coro, "ag_await", None)
+        )
+    return " > ".join(places) or "not in Python code"
 
 
 def _unfinished(tasks: Sequence[asyncio.Task[Any]], timeout: float) -> UnfinishedTasksError:

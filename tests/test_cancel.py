@@ -222,15 +222,19 @@ class TestTimeout:
     async def test_who_did_not_end_is_told_with_the_place(self):
         release = asyncio.get_running_loop().create_future()
 
+        async def released():
+            await asyncio.shield(release)
+
         async def stubborn():
             while not release.done():
                 try:
-                    await asyncio.shield(release)
+                    await released()
                 except asyncio.CancelledError:
                     pass
 
         tasks = [await start(stubborn(), name="first"), await start(forever())]
-        with pytest.raises(UnfinishedTasksError, match="first: .*stubborn at .*test_cancel.py:") as caught:
+        places = r"first: \S*stubborn at .*test_cancel\.py:\d+ > \S*released at .*test_cancel\.py:\d+"
+        with pytest.raises(UnfinishedTasksError, match=places) as caught:
             await cancel_and_wait(tasks, timeout=0.001)
         assert caught.value.tasks == (tasks[0],) and isinstance(caught.value, TimeoutError)
         assert tasks[1].cancelled()
