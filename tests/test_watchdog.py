@@ -7,8 +7,8 @@ import gc
 import logging
 import os
 import select
-import socket
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
