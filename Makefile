@@ -108,6 +108,13 @@ load: build ## servers restarted, killed, hung and stopped under load, side by s
 	    $(PY) -m pip --disable-pip-version-check install --quiet --target .work/rivals aiotools==2.2.4 typing_extensions; }
 	$(PY) -m benchmarks.server $(ARGS)
 
+.PHONY: docs
+docs: ## the documentation, in docs/_build/html; warnings are errors
+	@tools/venv $(PYTHON) .work/venvs/docs build-system docs
+	@$(MAKE) --no-print-directory build VENV=.work/venvs/docs
+	.work/venvs/docs/$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --builder html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 .PHONY: dist
 dist: ## sdist and wheel in dist/, checked; the wheel passes the sdist's suite in a clean environment
 	tools/dist $(PYTHON)
@@ -135,7 +142,7 @@ typecheck: ## mypy --strict, and the stubs against the module
 
 .PHONY: clean
 clean: ## remove what was built; the virtual environments stay
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .work/asan .work/tsan
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .work/asan .work/tsan
 	rm -f aiotools/_aiotools*.so aiotools/_aiotools*.pyd
 	find aiotools tests tools benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 

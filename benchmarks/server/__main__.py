@@ -6,7 +6,7 @@ app.py, under a load of fresh and keep-alive connections from a client in this p
 as its client.  Everything is on 127.0.0.1, in bounded time.
 
     python -m benchmarks.server [--servers aiotools,uvicorn] [--rows restarts,kill] [--rate 3000] [--rounds 1]
-    python -m benchmarks.server --rst docs/load-table.rst      the table of what earlier runs left in --json
+    python -m benchmarks.server --json FILE --rst docs/server-load-table.inc     a table of what earlier runs left in FILE
 
 Behind each result of ours stands whether it reaches its goal; with ``--check`` the exit status says so too.
 2.2 is looked for in a folder that pip makes (``make load`` does it):
@@ -303,12 +303,12 @@ async def kill(name, args):
 
     Only what it had in hand fails; the replacement answers within the import time + 0.1 s; the signal is in the log.
     """
-    took_import = await import_time()
     with Server(name) as server:
         await server.wait_up()
         old = await server.workers()
         async with Load(server.port, args.rate).running() as load:
-            await asyncio.sleep(0.5)
+            # Under the same load, since the replacement has to share the machine with it.
+            took_import = await import_time()
             os.kill(min(old), signal.SIGKILL)
             start = time.monotonic()
             took = None
@@ -329,7 +329,7 @@ async def kill(name, args):
 
 
 async def import_time():
-    """Seconds that a Python needs to start and import the application and what serves it, here and now."""
+    """Seconds that a Python needs to start and import the application and what serves it, here and now; best of 3."""
     program = "import aiotools.server.worker, uvicorn, uvicorn.lifespan.on, uvicorn.protocols.http.httptools_impl, uvloop, app"
     best = None
     for _ in range(3):
@@ -411,10 +411,10 @@ async def broken_reload(name, args):
                 os.mkdir(broken)
                 server.proc.send_signal(signal.SIGHUP)
                 await asyncio.sleep(4)
-            ended = server.proc.poll()
-            state = "still serves" if ended is None and load.serves else f"ended with {ended}"
-            if ended is None and not load.serves:
-                state = "serves no more"
+            ended, serves = server.proc.poll(), load.serves
+            state = "still serves" if serves else "serves no more"
+            if ended is not None:
+                state = f"ended with {ended}" + (", its orphans serve" if serves else "")
             if name == "aiotools":
                 proc = await asyncio.create_subprocess_exec(
                     *[sys.executable, "-m", "aiotools", "control", control, "status"],
@@ -424,7 +424,7 @@ async def broken_reload(name, args):
                 status = (await proc.communicate())[0].decode()
                 told = "abandoned" in status and "broken on purpose" in status
                 state += f", the status {'says why' if told else 'does not say it'}"
-                good = told and load.serves and not load.failed and "broken on purpose" in server.text()
+                good = told and serves and not load.failed and "broken on purpose" in server.text()
             else:
                 good = False
             return Outcome(f"{state}; {load}", good)
