@@ -20,6 +20,7 @@ from typing import (
     Any,
     Generic,
     NamedTuple,
+    NotRequired,
     ParamSpec,
     Protocol,
     Self,
@@ -537,15 +538,29 @@ class _CacheParameters(TypedDict):
     typed: bool
     tasks: int
     closed: bool
+    jitter: NotRequired[float]
+    stale_while_refresh: NotRequired[float]
+    cache_errors_for: NotRequired[float]
+    shared: NotRequired[bool]
+    max_weight: NotRequired[int]
+    weight: NotRequired[int]
 
 @final
 class LruCache(Generic[_P, _T]):
     def __new__(
         cls,
         func: Callable[_P, Coroutine[Any, Any, _T]],
-        maxsize: int | None,
-        typed: bool,
-        expire_after: float | None,
+        maxsize: int | None = None,
+        typed: bool = False,
+        expire_after: float | None = None,
+        *,
+        jitter: float | None = None,
+        stale_while_refresh: float | None = None,
+        cache_errors_for: float | None = None,
+        key: Callable[..., Hashable] | None = None,
+        weight: Callable[[_T], int] | None = None,
+        max_weight: int | None = None,
+        shared: bool = False,
     ) -> Self: ...
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> Coroutine[Any, Any, _T]: ...
     def __get__(self, instance: object, owner: type | None = None, /) -> Any: ...
@@ -553,5 +568,6 @@ class LruCache(Generic[_P, _T]):
     def cache_parameters(self, /) -> _CacheParameters: ...
     def cache_clear(self, /) -> None: ...
     def cache_invalidate(self, /, *args: Hashable, **kwargs: Hashable) -> bool: ...
+    def cache_invalidate_where(self, predicate: Callable[..., object], /) -> int: ...
     def cache_contains(self, /, *args: Hashable, **kwargs: Hashable) -> bool: ...
     def cache_close(self, /, *, wait: bool = False) -> Coroutine[Any, Any, None]: ...

@@ -798,9 +798,8 @@ LoopState_run_posts(PyObject *op, PyObject *Py_UNUSED(ignored))
     Py_RETURN_NONE;
 }
 
-/* A new reference, or NULL once it is gone: elsewhere than in its own thread the loop may go at any moment. */
-static PyObject *
-loop_from_any_thread(AiotLoop *self)
+PyObject *
+aiot_loop_object_anywhere(AiotLoop *self)
 {
     PyObject *loop = NULL;
     Py_BEGIN_CRITICAL_SECTION(self);
@@ -818,7 +817,7 @@ loop_from_any_thread(AiotLoop *self)
 static int
 schedule_posts(AiotLoop *self)
 {
-    PyObject *loop = loop_from_any_thread(self);
+    PyObject *loop = aiot_loop_object_anywhere(self);
     if (loop == NULL) {
         return -1;
     }

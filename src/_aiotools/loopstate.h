@@ -169,6 +169,9 @@ PyObject *aiot_loop_current_task(AiotLoop *loop, const char *what);
 /* The event loop itself: new reference, NULL with RuntimeError once it is gone. */
 PyObject *aiot_loop_object(AiotLoop *loop);
 
+/* The same from any thread, where the loop may go at any moment; NULL without an exception once it is gone. */
+PyObject *aiot_loop_object_anywhere(AiotLoop *loop);
+
 /* Have the loop run aiot_loop_drain (waiter.h) soon. 0 or -1; waiter.c sees to it that this is not done twice. */
 int aiot_loop_arm_drain(AiotLoop *loop);
 

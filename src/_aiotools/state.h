@@ -101,7 +101,16 @@
     V(max) \
     V(maxsize) \
     /* lru_cache */ \
-    V(wait)
+    V(cache_errors_for) \
+    V(expire_after) \
+    V(jitter) \
+    V(key) \
+    V(max_weight) \
+    V(shared) \
+    V(stale_while_refresh) \
+    V(typed) \
+    V(wait) \
+    V(weight)
 
 /* Imported objects: field, module, attribute. */
 #define AIOT_IMPORTS(V) \
@@ -120,6 +129,7 @@
     V(base_loop_create_task, "asyncio.base_events", "BaseEventLoop.create_task") \
     V(base_loop_time, "asyncio.base_events", "BaseEventLoop.time") \
     V(copy_context, "contextvars", "copy_context") \
+    V(copy_copy, "copy", "copy") \
     V(current_task, "asyncio", "current_task") \
     V(decorator_call, "contextlib", "AsyncContextDecorator.__call__") \
     V(enter_task, "asyncio", "_enter_task") \
@@ -168,6 +178,7 @@
     V(LruCallType) \
     V(LruCloseType) \
     V(LruEntryType) \
+    V(LruFlightType) \
     V(PatchType) \
     V(ScopeEnterType) \
     V(ScopeExitType) \
