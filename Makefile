@@ -84,6 +84,12 @@ test-tsan: export TSAN_OPTIONS := report_bugs=0
 test-tsan: venv ## the thread tests under TSan (PYTHON= a free-threaded build that is itself under TSan)
 	tools/test-sanitized tsan $(PY) $(ARGS)
 
+.PHONY: stress
+# 8 threads and 4 loops per queue, a million items; as many as AIOTOOLS_STRESS_ITEMS says.
+stress: export AIOTOOLS_STRESS_ITEMS ?= 1000000
+stress: build ## queues between 8 threads and 4 loops with random cancellations, AIOTOOLS_STRESS_ITEMS=1000000 items each
+	$(PYTEST) tests/test_queue_stress.py $(ARGS)
+
 .PHONY: test-refleaks
 test-refleaks: build ## leak hunting: references (PYTHON= a debug build), allocated blocks, type references
 	$(PYTEST) tests/test_refleaks.py $(ARGS)

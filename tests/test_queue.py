@@ -500,7 +500,7 @@ class TestAcrossThreads:
         original = loop.call_soon_threadsafe
 
         def counting(callback, *args, **kwargs):
-            if getattr(callback, "__name__", "") == "aiotools_run_posts":
+            if type(callback).__name__ == "PostCall":
                 calls.append(callback)
             return original(callback, *args, **kwargs)
 

@@ -8,7 +8,7 @@ import weakref
 import pytest
 
 from aiotools import PriorityQueue, Queue
-from queue_helpers import CLASSES, lanes, run_script, turns
+from queue_helpers import CLASSES, Thread, lanes, run_script, turns
 
 
 class TestLife:
@@ -74,6 +74,35 @@ class TestLife:
         gc.collect()
         assert [ref() for ref in refs] == [None, None]
         loop.close()
+
+    @pytest.mark.threads
+    def test_what_was_handed_to_a_loop_that_is_closed_goes_to_who_is_left(self, new_loop, loop_errors):
+        """The wake-up was under way when the loop was closed; it used to stay so until the loop was collected."""
+        loop, queue = new_loop(), Queue()
+
+        async def get():
+            return await queue.async_q.get()
+
+        async def start():
+            tasks = [asyncio.ensure_future(get()) for _ in range(3)]
+            await turns()
+            return tasks
+
+        tasks = loop.run_until_complete(start())
+        Thread(queue.sync_q.put_many, [1, 2]).result()
+        assert queue.statistics().waiting_getters == 3
+        survivor = Thread(queue.sync_q.get)
+        loop.close()
+        assert survivor.result() == 1
+        assert queue.sync_q.get() == 2
+        # The third one was not told yet.
+        queue.sync_q.put(3)
+        assert queue.sync_q.get() == 3
+        assert queue.statistics().waiting_getters == 0
+        del tasks
+        gc.collect()
+        # That asyncio tells of.
+        assert all("destroyed but it is pending" in context["message"] for context in loop_errors.take())
 
     def test_a_finalizer_of_a_dropped_item_may_use_the_queue(self):
         queue = Queue()

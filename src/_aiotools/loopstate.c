@@ -346,15 +346,12 @@ aiot_clock_is_before(double when)
 static PyObject *LoopState_tick(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_drain(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_run_turns(PyObject *op, PyObject *ignored);
-static PyObject *LoopState_run_posts(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_get_loop(PyObject *op, PyObject *ignored);
 static PyObject *LoopState_loop_died(PyObject *op, PyObject *ref);
 
 static PyMethodDef tick_def = {"aiotools_tick", LoopState_tick, METH_NOARGS, "Fire what is due."};
 static PyMethodDef drain_def = {"aiotools_drain", LoopState_drain, METH_NOARGS, "Run the wake-ups that are ready."};
 static PyMethodDef turns_def = {"aiotools_run_turns", LoopState_run_turns, METH_NOARGS, "Run what asked for a turn."};
-static PyMethodDef posts_def = {"aiotools_run_posts", LoopState_run_posts, METH_NOARGS,
-                                "Run what other threads handed over."};
 static PyMethodDef loop_died_def = {"aiotools_loop_died", LoopState_loop_died, METH_O, "The event loop is gone."};
 static PyMethodDef get_loop_def = {"get_loop", LoopState_get_loop, METH_NOARGS, "The loop that this belongs to."};
 
@@ -772,17 +769,26 @@ run_posts(AiotLoop *self, aiot_post *post, bool delivered)
     }
 }
 
+/* What the loop is asked to call. One that goes without having been called was thrown away when the loop was closed; then the
+ * posts that relied on it are not delivered. */
+typedef struct {
+    PyObject_HEAD
+    AiotLoop *loop;
+    bool spent;                 /* called, or given up by who made it */
+} PostCallObject;
+
 static PyObject *
-LoopState_run_posts(PyObject *op, PyObject *Py_UNUSED(ignored))
+PostCall_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwargs))
 {
-    AiotLoop *self = (AiotLoop *)op;
+    PostCallObject *call = (PostCallObject *)op;
+    AiotLoop *self = call->loop;
+    call->spent = true;
     if (self->loop == NULL) {
+        run_posts(self, detach_posts(self), false);
         Py_RETURN_NONE;
     }
     int debug = aiot_loop_is_debug(self);
-    if (debug < 0) {
-        return NULL;
-    }
+    PyObject *exc = debug < 0 ? PyErr_GetRaisedException() : NULL;
     /* What is woken here runs at the end of this handle, which is one of its own: no need for another one. */
     bool armed = self->drain_armed;
     if (!debug) {
@@ -795,8 +801,55 @@ LoopState_run_posts(PyObject *op, PyObject *Py_UNUSED(ignored))
             return NULL;
         }
     }
+    if (exc != NULL) {
+        PyErr_SetRaisedException(exc);
+        return NULL;
+    }
     Py_RETURN_NONE;
 }
+
+static int
+PostCall_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(((PostCallObject *)op)->loop);
+    return 0;
+}
+
+static void
+PostCall_dealloc(PyObject *op)
+{
+    PostCallObject *call = (PostCallObject *)op;
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    AiotLoop *self = call->loop;
+    if (!call->spent) {
+        PyObject *pending = PyErr_GetRaisedException();
+        run_posts(self, detach_posts(self), false);
+        if (pending != NULL) {
+            PyErr_SetRaisedException(pending);
+        }
+    }
+    type->tp_free(op);
+    Py_DECREF(type);
+    Py_DECREF(self);
+}
+
+/* No tp_clear: whatever refers to one is of the loop, and is cleared. */
+static PyType_Slot PostCall_slots[] = {
+    {Py_tp_doc, "Runs what other threads handed over."},
+    {Py_tp_call, PostCall_call},
+    {Py_tp_traverse, PostCall_traverse},
+    {Py_tp_dealloc, PostCall_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec PostCall_spec = {
+    .name = "aiotools._aiotools.PostCall",
+    .basicsize = sizeof(PostCallObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = PostCall_slots,
+};
 
 PyObject *
 aiot_loop_object_anywhere(AiotLoop *self)
@@ -813,6 +866,20 @@ aiot_loop_object_anywhere(AiotLoop *self)
     return loop;
 }
 
+/* One more time is_closed(), as the loop may be closed between the look that call_soon_threadsafe takes and what it does: then
+ * nothing would ever happen to the handle. */
+static bool
+loop_was_closed(AiotLoop *self, PyObject *loop)
+{
+    PyObject *answer = PyObject_CallMethodNoArgs(loop, self->state->str_is_closed);
+    int closed = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    if (closed < 0) {
+        aiot_write_unraisable((PyObject *)self);
+    }
+    return closed > 0;
+}
+
 /* Has the loop run the posts. 0, or -1, with no exception set, when it is gone, closed or out of memory. */
 static int
 schedule_posts(AiotLoop *self)
@@ -821,13 +888,18 @@ schedule_posts(AiotLoop *self)
     if (loop == NULL) {
         return -1;
     }
-    PyObject *callback = PyCFunction_New(&posts_def, (PyObject *)self);
+    PyTypeObject *type = self->state->PostCallType;
+    PostCallObject *call = (PostCallObject *)type->tp_alloc(type, 0);
     PyObject *handle = NULL;
+    if (call == NULL) {
+        aiot_write_unraisable((PyObject *)self);
+    }
+    else {
+        call->loop = (AiotLoop *)Py_NewRef((PyObject *)self);
+    }
     /* Twice, as Ctrl-C may strike inside the call; to be run once too often does no harm. */
-    for (int i = 0; i < 2 && handle == NULL; i++) {
-        if (callback != NULL) {
-            handle = loop_schedule(self, self->state->str_call_soon_threadsafe, callback, NULL, NULL);
-        }
+    for (int i = 0; i < 2 && call != NULL && handle == NULL; i++) {
+        handle = loop_schedule(self, self->state->str_call_soon_threadsafe, (PyObject *)call, NULL, NULL);
         if (handle != NULL) {
             break;
         }
@@ -842,13 +914,14 @@ schedule_posts(AiotLoop *self)
             break;
         }
     }
-    Py_XDECREF(callback);
-    Py_DECREF(loop);
-    if (handle == NULL) {
-        return -1;
+    bool failed = handle == NULL || loop_was_closed(self, loop);
+    if (failed && call != NULL) {
+        call->spent = true;
     }
-    Py_DECREF(handle);
-    return 0;
+    Py_XDECREF((PyObject *)call);
+    Py_XDECREF(handle);
+    Py_DECREF(loop);
+    return failed ? -1 : 0;
 }
 
 void
@@ -1191,6 +1264,9 @@ aiot_loopstate_add_types(PyObject *module)
 {
     aiot_state *state = aiot_state_of_module(module);
     if ((state->loops = PyDict_New()) == NULL) {
+        return -1;
+    }
+    if (aiot_add_type(module, &state->PostCallType, &PostCall_spec, NULL, false) < 0) {
         return -1;
     }
     return aiot_add_type(module, &state->LoopStateType, &LoopState_spec, NULL, false);

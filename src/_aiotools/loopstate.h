@@ -83,7 +83,8 @@ int aiot_turn_ask(AiotLoop *loop, aiot_turn *turn);
 /* ---- posts: from any thread --------------------------------------------------------------------------------- */
 
 /* Embedded in its owner; until it was run the loop state owns a reference to owner. run is called in the thread
- * of the loop with delivered true, or, when the loop is closed, in the posting thread with false. */
+ * of the loop with delivered true, or, when the loop is closed before, with false: in the posting thread, or in the one that
+ * closes the loop. */
 struct aiot_post {
     aiot_post *next;
     PyObject *owner;

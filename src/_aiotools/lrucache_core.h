@@ -178,7 +178,7 @@ void aiot_lru_drop_if_vain(EntryObject *self);
 /* Drops what is over. 0 or -1. */
 int aiot_lru_expire(CacheObject *self);
 
-/* Drops the least recently used until there are not more than maxsize. */
+/* Drops what is over, then the least recently used, until there are not more than maxsize. Called with no exception set. */
 void aiot_lru_evict(CacheObject *self);
 
 /* The cache is empty afterwards; flights go on, but for refreshes. */

@@ -397,10 +397,23 @@ aiot_lru_obtain(aiot_state *state, CacheObject *self, PyObject *key)
     return entry;
 }
 
+static bool
+is_too_full(CacheObject *self)
+{
+    return self->maxsize >= 0 && PyDict_GET_SIZE(self->entries) > self->maxsize && !aiot_link_is_empty(&self->recent);
+}
+
 void
 aiot_lru_evict(CacheObject *self)
 {
-    while (self->maxsize >= 0 && PyDict_GET_SIZE(self->entries) > self->maxsize && !aiot_link_is_empty(&self->recent)) {
+    if (!is_too_full(self)) {
+        return;
+    }
+    if (aiot_lru_expire(self) < 0) {
+        /* Without a clock nothing counts as over. */
+        aiot_write_unraisable((PyObject *)self);
+    }
+    while (is_too_full(self)) {
         drop_least_recent(self);
     }
 }

@@ -180,6 +180,7 @@
     V(LruEntryType) \
     V(LruFlightType) \
     V(PatchType) \
+    V(PostCallType) \
     V(ScopeEnterType) \
     V(ScopeExitType) \
     V(ShieldScopeType) \
