@@ -770,7 +770,7 @@ run_posts(AiotLoop *self, aiot_post *post, bool delivered)
 }
 
 /* What the loop is asked to call. One that goes without having been called was thrown away when the loop was closed; then the
- * posts that relied on it are not delivered. */
+ * posts that relied on it are not delivered. (Without the GIL the thread that made it may have to run first.) */
 typedef struct {
     PyObject_HEAD
     AiotLoop *loop;
