@@ -340,15 +340,18 @@ class TestWork:
     @with_lt
     def test_run_does_not_wait_for_ever_for_what_does_not_end(self, lt, caplog, monkeypatch):
         monkeypatch.setattr("aiotools.thread._CANCEL_GRACE", 0.01)
-        release = threading.Event()
+        begun, release = threading.Event(), threading.Event()
 
-        async def stubborn():
-            # The whole loop stands still.
+        async def stand_still():
+            begun.set()
             release.wait(LONG)
 
+        blocker = lt.submit(stand_still())
+        assert begun.wait(LONG)
         with pytest.raises(TimeoutError):
-            lt.run(stubborn(), timeout=0.001)
+            lt.run(asyncio.sleep(0), timeout=0.001)  # its cancellation has to wait, too
         release.set()
+        blocker.result(LONG)
         [record] = caplog.records
         assert "goes on after it was cancelled" in record.getMessage()
 
