@@ -1,26 +1,17 @@
-"""actxmgr, AsyncContextGroup and resetting beside contextlib, AsyncExitStack, gather by hand, and PyPI's aiotools.
+"""Context managers: actxmgr, actxgroup, resetting and closing beside contextlib, gather by hand and PyPI's aiotools.
 
-Nanoseconds of CPU time of the thread per manager (group cases) or per ``async with`` (the others), best of interleaved
-rounds, and the ratio to ours. Times of a shared machine come and go; ratios of one run stand.
-
-    python benchmarks/context.py [--loop default|uvloop|both] [--peer PYTHON] [--rounds 15]
-
---peer names an interpreter of the same version in which PyPI's aiotools 2.2 is installed; it runs the rows that only it
-can, in rounds that alternate with ours.
+Nanoseconds per ``async with``; in the cases of groups, per manager. AsyncExitStack enters and leaves one manager after
+the other: beside groups whose managers do not suspend it shows what being concurrent costs, beside those that do it
+stands for the same work without tasks, which takes as many turns of the loop as there are managers.
 """
 
-import argparse
 import asyncio
 import contextlib
 import contextvars
-import functools
-import json
-import os
-import subprocess
-import sys
-import time
 
 import aiotools
+from benchmarks import common
+from benchmarks.common import case
 
 var = contextvars.ContextVar("var", default=0)
 
@@ -33,6 +24,11 @@ async def generator_that_suspends():
     await asyncio.sleep(0)
     yield 1
     await asyncio.sleep(0)
+
+
+async def generator_that_suppresses():
+    with contextlib.suppress(ValueError):
+        yield 1
 
 
 class Straight:
@@ -52,8 +48,15 @@ class Suspends:
         await asyncio.sleep(0)
 
 
+class Closable:
+    async def close(self):
+        pass
+
+    aclose = close
+
+
 @contextlib.asynccontextmanager
-async def reset_by_hand(variable, value):
+async def resetting_by_hand(variable, value):
     token = variable.set(value)
     try:
         yield
@@ -62,7 +65,7 @@ async def reset_by_hand(variable, value):
 
 
 @contextlib.contextmanager
-def reset_by_hand_sync(variable, value):
+def resetting_by_hand_sync(variable, value):
     token = variable.set(value)
     try:
         yield
@@ -70,156 +73,168 @@ def reset_by_hand_sync(variable, value):
         variable.reset(token)
 
 
-async def enter_each(make, times):
-    for _ in range(times):
-        async with make():
-            pass
+def makers(name, beside):
+    """{who: what makes the managers}: ours and PyPI's of that name, and what it stands beside."""
+    found = {"ours": getattr(aiotools, name), **beside}
+    if (pypi := common.rival("aiotools", common.RIVALS)) is not None:
+        found["PyPI aiotools"] = getattr(pypi, name)
+    return found
 
 
-async def enter_each_sync(make, times):
-    for _ in range(times):
-        with make():
-            pass
+def entering(make, *args):
+    async def run(n):
+        for _ in range(n):
+            async with make(*args):
+                pass
+
+    return run
 
 
-async def by_group(group, managers, times):
-    for _ in range(times):
-        async with group(managers):
-            pass
+def add_entering(sides, name, beside, *args):
+    for who, make in makers(name, beside).items():
+        sides.add(who)(entering(make, *args))
 
 
-async def by_stack(managers, times):
-    for _ in range(times):
-        async with contextlib.AsyncExitStack() as stack:
-            for manager in managers:
-                await stack.enter_async_context(manager)
+def add_decorated(sides, function):
+    for who, decorate in makers("actxmgr", {"contextlib": contextlib.asynccontextmanager}).items():
+        sides.add(who)(entering(decorate(function)))
 
 
-async def by_gather(managers, times):
-    for _ in range(times):
-        await asyncio.gather(*[manager.__aenter__() for manager in managers])
-        await asyncio.gather(*[manager.__aexit__(None, None, None) for manager in managers])
+@case("actxmgr", must={"contextlib": (1.7, 1.7)}, aim={"contextlib": (1.9, 1.9)})
+def actxmgr(sides, loop_kind):
+    add_decorated(sides, generator)
 
 
-def cases(peer):
-    """{case: (operations per call, {who: coroutine function of the number of calls})}"""
-    ours = "peer" if peer else "ours"
-    table = {}
-
-    def case(name, per_call, **rivals):
-        # The peer runs its own rows only.
-        table[name] = (per_call, {who: run for who, run in rivals.items() if (who == ours) or not peer})
-
-    def pair(function):
-        return {
-            ours: functools.partial(enter_each, aiotools.actxmgr(function)),
-            "contextlib": functools.partial(enter_each, contextlib.asynccontextmanager(function)),
-        }
-
-    case("actxmgr", 1, **pair(generator))
-    case("actxmgr that suspends", 1, **pair(generator_that_suspends))
-    case(
-        "resetting, async with",
-        1,
-        **{
-            ours: functools.partial(enter_each, lambda: aiotools.resetting(var, 1)),
-            "contextlib": functools.partial(enter_each, lambda: reset_by_hand(var, 1)),
-        },
-    )
-    case(
-        "resetting, with",
-        1,
-        **{
-            ours: functools.partial(enter_each_sync, lambda: aiotools.resetting(var, 1)),
-            "contextlib": functools.partial(enter_each_sync, lambda: reset_by_hand_sync(var, 1)),
-        },
-    )
-    for kind in (Straight, Suspends):
-        for count in (3, 1000):
-            managers = [kind() for _ in range(count)]
-            how = "suspend" if kind is Suspends else "do not suspend"
-            case(
-                f"actxgroup of {count} that {how}",
-                count,
-                **{
-                    ours: functools.partial(by_group, aiotools.AsyncContextGroup, managers),
-                    "AsyncExitStack": functools.partial(by_stack, managers),
-                    "gather by hand": functools.partial(by_gather, managers),
-                },
-            )
-    return table
+@case("actxmgr_that_suspends", must={"contextlib": (1, 1)})
+def actxmgr_that_suspends(sides, loop_kind):
+    add_decorated(sides, generator_that_suspends)
 
 
-def run(loop, coro):
-    if loop == "uvloop":
-        import uvloop
+@case("actxmgr_that_suppresses", must={"contextlib": (1.2, 1.2)})
+def actxmgr_that_suppresses(sides, loop_kind):
+    def failing(make):
+        async def run(n):
+            error = ValueError()
+            for _ in range(n):
+                async with make():
+                    raise error
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(coro)
-    return asyncio.run(coro)
+        return run
 
-
-async def measure(function, per_call):
-    """Nanoseconds per operation of about ten milliseconds of work."""
-    times = max(1, 4000 // per_call)
-    begun = time.thread_time_ns()
-    await function(times)
-    return (time.thread_time_ns() - begun) / times / per_call
+    for who, decorate in makers("actxmgr", {"contextlib": contextlib.asynccontextmanager}).items():
+        sides.add(who)(failing(decorate(generator_that_suppresses)))
 
 
-async def one_round(table, best):
-    for case, (per_call, rivals) in table.items():
-        for who, function in rivals.items():
-            took = await measure(function, per_call)
-            row = best.setdefault(case, {})
-            row[who] = min(row.get(who, took), took)
+@case("actxmgr_in_an_exit_stack", must={"contextlib": (1.2, 1.2)})
+def actxmgr_in_an_exit_stack(sides, loop_kind):
+    """Three of them; "nested" is what no stack could be faster than: three `async with` of ours."""
+
+    def stacking(make):
+        async def run(n):
+            for _ in range(n):
+                async with contextlib.AsyncExitStack() as stack:
+                    for _ in range(3):
+                        await stack.enter_async_context(make())
+
+        return run
+
+    for who, decorate in makers("actxmgr", {"contextlib": contextlib.asynccontextmanager}).items():
+        sides.add(who)(stacking(decorate(generator)))
+    make = aiotools.actxmgr(generator)
+
+    @sides.add("nested")
+    async def nested(n):
+        for _ in range(n):
+            async with make(), make(), make():
+                pass
 
 
-def ask_peer(python, loop):
-    # Its own aiotools, not the tree's.
-    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
-    command = [python, __file__, "--loop", loop, "--as-peer"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return json.loads(done.stdout)
+@case("resetting", must={"contextlib": (3, 3)})
+def resetting(sides, loop_kind):
+    add_entering(sides, "resetting", {"contextlib": resetting_by_hand}, var, 1)
 
 
-def table_of(loop, rounds, peer):
-    table = cases(False)
-    best = {}
-    for _ in range(rounds):
-        run(loop, one_round(table, best))
-        if peer:
-            for case, row in ask_peer(peer, loop).items():
-                best[case]["PyPI aiotools"] = min(best[case].get("PyPI aiotools", row["peer"]), row["peer"])
-    return best
+@case("resetting_sync", must={"contextlib": (3, 3)})
+def resetting_sync(sides, loop_kind):
+    def entering_sync(make):
+        async def run(n):
+            for _ in range(n):
+                with make(var, 1):
+                    pass
+
+        return run
+
+    for who, make in makers("resetting", {"contextlib": resetting_by_hand_sync}).items():
+        sides.add(who)(entering_sync(make))
 
 
-def show(loop, best):
-    print(f"{loop} loop, Python {sys.version.split()[0]}, ns")
-    for case, row in best.items():
-        rivals = "   ".join(
-            f"{who} {took:.0f} ({took / row['ours']:.2f}x)" for who, took in row.items() if who != "ours"
-        )
-        print(f"  {case:36} {row['ours']:8.0f}   {rivals}")
+@case("closing_async", must={"contextlib": (1, 1)})
+def closing_async(sides, loop_kind):
+    """contextlib.aclosing does the same with a method of another name."""
+    add_entering(sides, "closing_async", {"contextlib": contextlib.aclosing}, Closable())
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--loop", choices=["default", "uvloop", "both"], default="default")
-    parser.add_argument("--peer", help="an interpreter with PyPI's aiotools")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--as-peer", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.as_peer:
-        best = {}
-        table = cases(True)
-        for _ in range(3):
-            run(options.loop, one_round(table, best))
-        print(json.dumps(best))
-        return
-    for loop in ["default", "uvloop"] if options.loop == "both" else [options.loop]:
-        show(loop, table_of(loop, options.rounds, options.peer))
+def grouping(group, managers, n_managers):
+    async def run(n):
+        for _ in range(max(1, n // n_managers)):
+            async with group(managers):
+                pass
+
+    return run
 
 
-if __name__ == "__main__":
-    main()
+def add_groups(sides, kind, n_managers):
+    managers = [kind() for _ in range(n_managers)]
+    for who, group in makers("AsyncContextGroup", {}).items():
+        sides.add(who)(grouping(group, managers, n_managers))
+
+    @sides.add("gather by hand")
+    async def gather(n):
+        for _ in range(max(1, n // n_managers)):
+            await asyncio.gather(*[manager.__aenter__() for manager in managers])
+            await asyncio.gather(*[manager.__aexit__(None, None, None) for manager in managers])
+
+    @sides.add("AsyncExitStack")
+    async def stack(n):
+        for _ in range(max(1, n // n_managers)):
+            async with contextlib.AsyncExitStack() as stack:
+                for manager in managers:
+                    await stack.enter_async_context(manager)
+
+
+@case("actxgroup_of_3", must={"PyPI aiotools": (1.5, 1.5)}, n=3000)
+def actxgroup_of_3(sides, loop_kind):
+    add_groups(sides, Straight, 3)
+
+
+@case("actxgroup_of_1000", must={"PyPI aiotools": (5, 5)}, aim={"PyPI aiotools": (10, 10)}, n=3000)
+def actxgroup_of_1000(sides, loop_kind):
+    add_groups(sides, Straight, 1000)
+
+
+@case("actxgroup_of_3_that_suspend", must={"PyPI aiotools": (1.3, 1.3)}, n=3000)
+def actxgroup_of_3_that_suspend(sides, loop_kind):
+    add_groups(sides, Suspends, 3)
+
+
+@case("actxgroup_of_1000_that_suspend", must={"PyPI aiotools": (1.3, 1.3)}, n=3000)
+def actxgroup_of_1000_that_suspend(sides, loop_kind):
+    add_groups(sides, Suspends, 1000)
+
+
+@case("actxgroup_of_3_actxmgr", must={"PyPI aiotools": (1.3, 1.3)}, n=3000)
+def actxgroup_of_3_actxmgr(sides, loop_kind):
+    """Each side with its own actxmgr, of a generator that suspends on both sides."""
+    groups = makers("AsyncContextGroup", {})
+    for who, decorate in makers("actxmgr", {}).items():
+        make = decorate(generator_that_suspends)
+
+        def run(group=groups[who], make=make):
+            async def run(n):
+                for _ in range(n // 3):
+                    async with group([make(), make(), make()]):
+                        pass
+
+            return run
+
+        sides.add(who)(run())

@@ -352,6 +352,7 @@ class TestTasksAndContexts:
 
         class Looks:
             async def __aenter__(self):
+                graphs.append(asyncio.capture_call_graph())
                 await asyncio.sleep(0)
                 graphs.append(asyncio.capture_call_graph())
 
@@ -360,6 +361,7 @@ class TestTasksAndContexts:
 
         async with AsyncContextGroup([Looks(), Looks()]):
             pass
+        assert len(graphs) == 4
         for graph in graphs:
             names = [entry.frame.f_code.co_name for entry in graph.call_stack]
             assert "__aenter__" in names

@@ -4,13 +4,16 @@
  *             tells which: 0 not run, 1 returned, 2 raised. Ordinary exceptions and CancelledError of a job stay there.
  * Tasks:      a worker runs jobs one after the other as long as they do not suspend. One that suspends keeps its
  *             worker until it ends, which ends the worker. So jobs that do not suspend cost no task, and each that suspends
- *             one. New workers are made when one suspends: as many as have suspended before, so that n of them have
- *             started after log n turns of the loop. A loop whose tasks start eagerly gets them one after the other.
+ *             one. Where tasks can start eagerly (3.12 on, no task factory) workers do: they are made one after the other
+ *             and spare the loop a handle each, and a run in which nothing suspends the loop's turn. Elsewhere new
+ *             workers are made when one suspends: as many as have suspended before, so that n of them have started
+ *             after log n turns of the loop.
  * Invariants: next <= n; n_active counts the workers whose end was not seen yet, n_fresh those of them that have not
  *             run; `workers` holds the active ones, and each knows its place. The host is woken when there is nothing
  *             under way and nothing to start any more.
- * Ending:     a worker is counted off when it ends by itself, or else (closed, or cancelled before its first step) by
- *             the done callback of its task. Either way its task is done before the host runs.
+ * Ending:     a worker that has begun sees its own end and is counted off there; the host's wake-up comes later than the
+ *             task's last step. Only before it has begun (it may be closed, or cancelled), or when a task factory put
+ *             another coroutine round it, it takes a done callback of its task, which costs the loop a handle.
  * Cancelled:  the request is passed on to the jobs under way; those not started are dropped, or, with `finish`, run
  *             nevertheless, and cancelled where they first suspend. The host waits for all that runs and is cancelled
  *             after that. With `shield` nothing is passed on.
@@ -23,7 +26,10 @@
 #include "args.h"
 #include "awaitable.h"
 #include "drive.h"
+#include "freelist.h"
 #include "waiter.h"
+
+#include <string.h>
 
 typedef struct GroupWorkerObject GroupWorkerObject;
 
@@ -40,6 +46,7 @@ typedef struct {
     PyObject *statuses;         /* bytearray of the same length */
     PyObject *cancelled;        /* the CancelledError that the host gets in the end, or NULL */
     PyObject *abort_msg;        /* what they are cancelled with when `aborted`, or NULL */
+    PyObject *eager_options;    /* dict: keyword arguments of asyncio.Task; made when needed */
     PyObject *error;            /* why workers could not be started, or a base error, or NULL */
     GroupWorkerObject **workers;
     Py_ssize_t room;            /* of workers */
@@ -56,13 +63,16 @@ typedef struct {
 struct GroupWorkerObject {
     AIOT_AWAITABLE_HEAD
     GroupRunObject *run;        /* NULL once it was counted off */
-    PyObject *task;
-    PyObject *eager_task;       /* that ended with a base error before it was known as `task` */
+    PyObject *task;             /* known once it was made, or has begun; NULL once it was counted off */
+    PyObject *eager_task;       /* that ended with a base error before it was made */
+    PyObject *callback;         /* the done callback of the task, while it has one */
     PyObject *inner;            /* the iterator of the job that suspended */
-    PyObject *context;          /* and its context */
+    PyObject *context;          /* and its context; NULL: the task's */
     Py_ssize_t job;
     Py_ssize_t place;           /* in run->workers */
     bool fresh;
+    bool made;                  /* its task was returned to run_spawn_one() */
+    bool owns_context;          /* the task's context is a copy made for this, and no job ran in it yet */
     bool fatal;                 /* ended with SystemExit or KeyboardInterrupt */
 };
 
@@ -72,6 +82,8 @@ enum { NOT_RUN, RETURNED, RAISED };
 #define WORKER(op) ((GroupWorkerObject *)(op))
 
 static int run_spawn(GroupRunObject *run);
+static int worker_watch_task(GroupWorkerObject *worker, PyObject *task);
+static void worker_unwatch_task(GroupWorkerObject *worker);
 
 /* ---- keeping count ---------------------------------------------------------------------------------------- */
 
@@ -134,8 +146,9 @@ worker_count_off(GroupWorkerObject *worker)
     PyObject *exc = PyErr_GetRaisedException();
     PyObject *task = worker->task;
     worker->task = NULL;
-    if (run->loop->state->awaited_by_discard != NULL && task != NULL) {
-        PyObject *res = PyObject_CallFunctionObjArgs(run->loop->state->awaited_by_discard, task, run->host, NULL);
+    if (run->loop->state->discard_from_awaited_by != NULL && task != NULL) {
+        PyObject *args[] = {task, run->host};
+        PyObject *res = PyObject_Vectorcall(run->loop->state->discard_from_awaited_by, args, 2, NULL);
         if (res == NULL) {
             PyErr_WriteUnraisable(task);
         }
@@ -222,12 +235,12 @@ typedef enum {
     JOB_FATAL,                  /* stored too; the exception is pending for the loop */
 } job_outcome;
 
-/* After a step of a job that was made in `context`, which is still entered. */
+/* After a step of a job that was made in `context`, which is still entered, or NULL for the task's. */
 static job_outcome
 worker_after_step(GroupWorkerObject *worker, Py_ssize_t job, PyObject *context, PySendResult answer, PyObject **result)
 {
     GroupRunObject *run = worker->run;
-    if (PyContext_Exit(context) < 0 && answer != PYGEN_ERROR) {
+    if (context != NULL && PyContext_Exit(context) < 0 && answer != PYGEN_ERROR) {
         Py_CLEAR(*result);
         answer = PYGEN_ERROR;
     }
@@ -250,8 +263,11 @@ worker_start_job(GroupWorkerObject *worker, PyObject **result)
 {
     GroupRunObject *run = worker->run;
     Py_ssize_t job = run->next++;
-    PyObject *context = PyContext_Copy(run->context);
-    if (context == NULL || PyContext_Enter(context) < 0) {
+    PyObject *context = NULL;
+    if (worker->owns_context) {
+        worker->owns_context = false;
+    }
+    else if ((context = PyContext_Copy(run->context)) == NULL || PyContext_Enter(context) < 0) {
         Py_XDECREF(context);
         return run_store_failure(run, worker, job) < 0 ? JOB_FATAL : JOB_ENDED;
     }
@@ -269,7 +285,7 @@ worker_start_job(GroupWorkerObject *worker, PyObject **result)
     }
     PyObject *exc = PyErr_GetRaisedException();
     Py_XDECREF(iter);
-    Py_DECREF(context);
+    Py_XDECREF(context);
     if (exc != NULL) {
         PyErr_SetRaisedException(exc);
     }
@@ -283,6 +299,9 @@ static PySendResult
 worker_end(GroupWorkerObject *worker, PySendResult answer, PyObject **result)
 {
     GroupRunObject *run = (GroupRunObject *)Py_NewRef((PyObject *)worker->run);
+    if (!worker->fatal) {
+        worker_unwatch_task(worker);
+    }
     worker_count_off(worker);
     if (run_has_jobs(run)) {
         PyObject *exc = PyErr_GetRaisedException();
@@ -309,8 +328,7 @@ task_cancel(GroupRunObject *run, PyObject *task, PyObject *msg)
     Py_XDECREF(res);
 }
 
-/* A task that is cancelled in its own step is cancelled at the suspension with which that ends. One that starts
- * eagerly is not known yet; run_spawn_one() sees to it. */
+/* A task that is cancelled in its own step is cancelled at the suspension with which that ends. */
 static void
 worker_cancel_if_aborted(GroupWorkerObject *worker)
 {
@@ -329,14 +347,17 @@ static void
 worker_note_fatal(GroupWorkerObject *worker)
 {
     worker->fatal = true;
-    if (worker->task == NULL) {
-        PyObject *exc = PyErr_GetRaisedException();
-        worker->eager_task = aiot_loop_current_task(worker->run->loop, "AsyncContextGroup");
-        if (worker->eager_task == NULL) {
-            PyErr_Clear();
-        }
-        PyErr_SetRaisedException(exc);
+    PyObject *exc = PyErr_GetRaisedException();
+    if (!worker->made) {
+        worker->eager_task = Py_XNewRef(worker->task);
     }
+    else if (worker->callback == NULL && worker->task != NULL) {
+        worker_watch_task(worker, worker->task);
+    }
+    if (PyErr_Occurred()) {
+        PyErr_WriteUnraisable((PyObject *)worker);
+    }
+    PyErr_SetRaisedException(exc);
 }
 
 static PySendResult
@@ -346,6 +367,7 @@ worker_run_jobs(GroupWorkerObject *worker, PyObject **result)
         switch (worker_start_job(worker, result)) {
         case JOB_SUSPENDED:
             worker->run->n_suspended++;
+            worker_unwatch_task(worker);
             worker_cancel_if_aborted(worker);
             run_spawn(worker->run);
             return PYGEN_NEXT;
@@ -357,6 +379,38 @@ worker_run_jobs(GroupWorkerObject *worker, PyObject **result)
         }
     }
     return worker_end(worker, PYGEN_RETURN, result);
+}
+
+/* The task shows in the call graph as awaited by the host. */
+static void
+worker_set_task(GroupWorkerObject *worker, PyObject *task)
+{
+    GroupRunObject *run = worker->run;
+    PyObject *add = run->loop->state->add_to_awaited_by;
+    worker->task = Py_NewRef(task);
+    if (add != NULL) {
+        PyObject *args[] = {task, run->host};
+        PyObject *res = PyObject_Vectorcall(add, args, 2, NULL);
+        if (res == NULL) {
+            /* For introspection only: a task of a foreign loop may not take part. */
+            PyErr_Clear();
+        }
+        Py_XDECREF(res);
+    }
+}
+
+/* One that starts eagerly was not returned by anybody yet. */
+static void
+worker_find_task(GroupWorkerObject *worker)
+{
+    PyObject *task = aiot_loop_current_task(worker->run->loop, "AsyncContextGroup");
+    if (task != NULL) {
+        worker_set_task(worker, task);
+        Py_DECREF(task);
+    }
+    else {
+        PyErr_Clear();
+    }
 }
 
 static PySendResult
@@ -371,6 +425,9 @@ Worker_start(aiot_awaitable *op, PyObject **result)
     PyObject *run = Py_NewRef((PyObject *)worker->run);
     Py_BEGIN_CRITICAL_SECTION(run);
     worker_has_run(worker);
+    if (worker->task == NULL) {
+        worker_find_task(worker);
+    }
     answer = worker_run_jobs(worker, result);
     Py_END_CRITICAL_SECTION();
     Py_DECREF(run);
@@ -383,7 +440,7 @@ worker_step(GroupWorkerObject *worker, PyObject *value, PyObject *exc, PyObject 
 {
     GroupRunObject *run = worker->run;
     job_outcome outcome;
-    if (PyContext_Enter(worker->context) < 0) {
+    if (worker->context != NULL && PyContext_Enter(worker->context) < 0) {
         outcome = run_store_failure(run, worker, worker->job) < 0 ? JOB_FATAL : JOB_ENDED;
     }
     else {
@@ -399,7 +456,7 @@ worker_step(GroupWorkerObject *worker, PyObject *value, PyObject *exc, PyObject 
     Py_CLEAR(worker->context);
     if (fatal != NULL) {
         PyErr_SetRaisedException(fatal);
-        worker->fatal = true;
+        worker_note_fatal(worker);
         return worker_end(worker, PYGEN_ERROR, result);
     }
     /* The job may have been cancelled, or have left something behind that belongs to its task. */
@@ -483,6 +540,7 @@ static PyObject *
 worker_task_done(PyObject *op, PyObject *task)
 {
     GroupWorkerObject *worker = WORKER(op);
+    Py_CLEAR(worker->callback);     /* the caller's argument keeps op */
     if (worker->fatal) {
         task_mark_retrieved(aiot_state_of_exact_type(Py_TYPE(op)), task);
     }
@@ -511,6 +569,7 @@ worker_clear(GroupWorkerObject *worker)
     Py_CLEAR(worker->run);
     Py_CLEAR(worker->task);
     Py_CLEAR(worker->eager_task);
+    Py_CLEAR(worker->callback);
     Py_CLEAR(worker->inner);
     Py_CLEAR(worker->context);
 }
@@ -523,6 +582,7 @@ Worker_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(worker->run);
     Py_VISIT(worker->task);
     Py_VISIT(worker->eager_task);
+    Py_VISIT(worker->callback);
     Py_VISIT(worker->inner);
     Py_VISIT(worker->context);
     return 0;
@@ -538,14 +598,13 @@ Worker_clear(PyObject *op)
 static void
 Worker_dealloc(PyObject *op)
 {
-    PyTypeObject *type = Py_TYPE(op);
     if (((aiot_awaitable *)op)->phase != AIOT_FINISHED && PyObject_CallFinalizerFromDealloc(op) < 0) {
         return;
     }
     PyObject_GC_UnTrack(op);
     worker_clear(WORKER(op));
-    type->tp_free(op);
-    Py_DECREF(type);
+    aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
+    aiot_free_list_free(state, state == NULL ? NULL : &state->free_group_workers, op);
 }
 
 /* Introspection goes on to the job. */
@@ -619,43 +678,174 @@ static PyType_Spec Worker_spec = {
 
 /* ---- starting workers ------------------------------------------------------------------------------------- */
 
-static PyObject *
-run_create_task(GroupRunObject *run, GroupWorkerObject *worker)
+/* May workers start eagerly, that is, be made by calling asyncio.Task? Only where the loop's create_task() is its own and
+ * would do no more. Asked before each burst: both can be replaced at any time. 1, 0 or -1. */
+static int
+run_may_start_eagerly(GroupRunObject *run)
 {
+#if PY_VERSION_HEX >= 0x030C0000
     aiot_state *state = run->loop->state;
-    PyObject *loop = NULL, *task = NULL, *callback = NULL, *res = NULL;
-    if ((loop = aiot_loop_object(run->loop)) == NULL
-        || (task = PyObject_CallMethodOneArg(loop, state->str_create_task, (PyObject *)worker)) == NULL
-        || worker->run == NULL)
-    {
+    PyObject *loop = aiot_loop_object(run->loop);
+    PyObject *method = NULL, *module = NULL, *factory = NULL;
+    int answer = -1;
+    if (loop == NULL || (method = PyObject_GetAttr(loop, state->str_create_task)) == NULL) {
         goto done;
     }
-    /* Not done yet, or this would not be needed. */
-    if ((callback = PyCFunction_New(&worker_task_done_def, (PyObject *)worker)) == NULL
-        || (res = PyObject_CallMethodOneArg(task, state->str_add_done_callback, callback)) == NULL)
-    {
-        Py_CLEAR(task);
-        goto done;
-    }
-    if (state->awaited_by_add != NULL) {
-        Py_SETREF(res, PyObject_CallFunctionObjArgs(state->awaited_by_add, task, run->host, NULL));
-        if (res == NULL) {
-            /* For introspection only: a task of a foreign loop may not take part. */
-            PyErr_Clear();
+    answer = PyMethod_Check(method) ? PyMethod_GET_FUNCTION(method) == state->base_loop_create_task : 0;
+    if (answer == 0 && run->loop->coarse && PyMethod_Check(method)) {
+        answer = PyObject_GetOptionalAttr(PyMethod_GET_FUNCTION(method), state->str___module__, &module);
+        if (answer > 0) {
+            const char *name = PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
+            answer = name == NULL ? -1 : strncmp(name, "uvloop.", 7) == 0 || strncmp(name, "winloop.", 8) == 0;
         }
+    }
+    if (answer > 0) {
+        factory = PyObject_CallMethodNoArgs(loop, state->str_get_task_factory);
+        answer = factory == NULL ? -1 : factory == Py_None;
     }
 done:
     Py_XDECREF(loop);
-    Py_XDECREF(callback);
-    Py_XDECREF(res);
+    Py_XDECREF(method);
+    Py_XDECREF(module);
+    Py_XDECREF(factory);
+    return answer;
+#else
+    (void)run;
+    return 0;
+#endif
+}
+
+/* Has the worker told when the task ends other than by the worker's own end. 0 or -1. */
+static int
+worker_watch_task(GroupWorkerObject *worker, PyObject *task)
+{
+    aiot_state *state = aiot_state_of_exact_type(Py_TYPE(worker));
+    PyObject *callback = PyCFunction_New(&worker_task_done_def, (PyObject *)worker);
+    PyObject *res = callback == NULL ? NULL : PyObject_CallMethodOneArg(task, state->str_add_done_callback, callback);
+    if (res == NULL) {
+        Py_XDECREF(callback);
+        return -1;
+    }
+    Py_DECREF(res);
+    Py_XSETREF(worker->callback, callback);
+    return 0;
+}
+
+/* Is the worker's end the end of the task? Not if a task factory put another coroutine round it. */
+static bool
+worker_is_whole_task(GroupWorkerObject *worker, PyObject *task)
+{
+    aiot_state *state = aiot_state_of_exact_type(Py_TYPE(worker));
+    if (!Py_IS_TYPE(task, (PyTypeObject *)state->asyncio_Task)) {
+        return false;
+    }
+    PyObject *coro = PyObject_CallMethodNoArgs(task, state->str_get_coro);
+    if (coro == NULL) {
+        PyErr_Clear();
+        return false;
+    }
+    Py_DECREF(coro);
+    return coro == (PyObject *)worker;
+}
+
+/* The worker has begun, so it will see its own end; the callback would cost the loop a handle. */
+static void
+worker_unwatch_task(GroupWorkerObject *worker)
+{
+    if (worker->callback == NULL || worker->task == NULL) {
+        return;
+    }
+    PyObject *pending = PyErr_GetRaisedException();
+    PyObject *task = Py_NewRef(worker->task);
+    if (worker_is_whole_task(worker, task)) {
+        PyObject *callback = worker->callback;
+        worker->callback = NULL;
+        PyObject *name = aiot_state_of_exact_type(Py_TYPE(worker))->str_remove_done_callback;
+        PyObject *res = PyObject_CallMethodOneArg(task, name, callback);
+        if (res == NULL) {
+            /* It will find nothing to do. */
+            PyErr_Clear();
+        }
+        Py_XDECREF(res);
+        Py_DECREF(callback);
+    }
+    Py_DECREF(task);
+    if (pending != NULL) {
+        PyErr_SetRaisedException(pending);
+    }
+}
+
+/* Task(worker, loop=loop, eager_start=True, context=a copy). The context is made here also because the current one may be
+ * that of another worker. A type without vectorcall makes a dict of keywords for each call; this is one for all. Nothing
+ * else uses it meanwhile: run_spawn() is not entered twice. */
+static PyObject *
+run_make_eager_task(GroupRunObject *run, GroupWorkerObject *worker, PyObject *loop)
+{
+    aiot_state *state = run->loop->state;
+    PyObject *context = NULL, *args = NULL, *task = NULL;
+    PyObject *options = run->eager_options;
+    if (options == NULL) {
+        if ((options = PyDict_New()) == NULL) {
+            return NULL;
+        }
+        run->eager_options = options;
+        if (PyDict_SetItem(options, state->str_loop, loop) < 0
+            || PyDict_SetItem(options, state->str_eager_start, Py_True) < 0)
+        {
+            Py_CLEAR(run->eager_options);
+            return NULL;
+        }
+    }
+    if ((context = PyContext_Copy(run->context)) != NULL
+        && PyDict_SetItem(options, state->str_context, context) == 0
+        && (args = PyTuple_Pack(1, worker)) != NULL)
+    {
+        worker->owns_context = true;
+        task = PyObject_Call(state->asyncio_Task, args, options);
+    }
+    Py_XDECREF(context);
+    Py_XDECREF(args);
+    return task;
+}
+
+static PyObject *
+run_make_task(GroupRunObject *run, GroupWorkerObject *worker, bool eagerly)
+{
+    PyObject *loop = aiot_loop_object(run->loop);
+    if (loop == NULL) {
+        return NULL;
+    }
+    PyObject *task = eagerly ? run_make_eager_task(run, worker, loop)
+                             : PyObject_CallMethodOneArg(loop, run->loop->state->str_create_task, (PyObject *)worker);
+    Py_DECREF(loop);
+    return task;
+}
+
+static PyObject *
+run_create_task(GroupRunObject *run, GroupWorkerObject *worker, bool eagerly)
+{
+    PyObject *task = run_make_task(run, worker, eagerly);
+    if (task == NULL || worker->run == NULL) {
+        return task;
+    }
+    /* It is not done, and may not have begun. */
+    bool is_seen = worker->inner != NULL && (eagerly || worker_is_whole_task(worker, task));
+    if (!is_seen && worker_watch_task(worker, task) < 0) {
+        Py_DECREF(task);
+        return NULL;
+    }
+    if (worker->task == NULL) {
+        worker_set_task(worker, task);
+    }
+    worker->made = true;
     return task;
 }
 
 static int
-run_spawn_one(GroupRunObject *run)
+run_spawn_one(GroupRunObject *run, bool eagerly)
 {
     aiot_state *state = run->loop->state;
-    GroupWorkerObject *worker = (GroupWorkerObject *)state->GroupWorkerType->tp_alloc(state->GroupWorkerType, 0);
+    GroupWorkerObject *worker = (GroupWorkerObject *)aiot_free_list_alloc(&state->free_group_workers, state->GroupWorkerType);
     if (worker == NULL) {
         return -1;
     }
@@ -666,7 +856,7 @@ run_spawn_one(GroupRunObject *run)
         Py_DECREF(worker);
         return -1;
     }
-    PyObject *task = run_create_task(run, worker);
+    PyObject *task = run_create_task(run, worker, eagerly);
     if (task == NULL) {
         if (worker->phase == AIOT_CREATED) {
             worker->phase = AIOT_FINISHED;
@@ -678,15 +868,7 @@ run_spawn_one(GroupRunObject *run)
         Py_DECREF(worker);
         return -1;
     }
-    if (worker->run != NULL) {
-        worker->task = task;
-        if (worker->inner != NULL) {
-            worker_cancel_if_aborted(worker);
-        }
-    }
-    else {
-        Py_DECREF(task);
-    }
+    Py_DECREF(task);
     Py_DECREF(worker);
     return 0;
 }
@@ -700,12 +882,13 @@ run_spawn(GroupRunObject *run)
     }
     int failed = 0;
     run->spawning = true;
+    int eagerly = run_has_jobs(run) && run->n_active < run->limit ? run_may_start_eagerly(run) : 0;
     while (run_has_jobs(run) && run->n_active < run->limit) {
         Py_ssize_t wanted = Py_MIN(run->n - run->next, Py_MAX(run->n_suspended, 1));
         if (run->n_fresh >= wanted) {
             break;
         }
-        failed = run_spawn_one(run);
+        failed = eagerly < 0 ? -1 : run_spawn_one(run, eagerly);
         if (failed) {
             PyObject *exc = PyErr_GetRaisedException();
             if (exc == run->error && run->finish) {
@@ -877,6 +1060,7 @@ Run_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(run->statuses);
     Py_VISIT(run->cancelled);
     Py_VISIT(run->abort_msg);
+    Py_VISIT(run->eager_options);
     Py_VISIT(run->error);
     for (Py_ssize_t i = 0; i < run->n_active; i++) {
         Py_VISIT(run->workers[i]);
@@ -894,6 +1078,7 @@ Run_clear(PyObject *op)
     Py_CLEAR(run->host);
     Py_CLEAR(run->cancelled);
     Py_CLEAR(run->abort_msg);
+    Py_CLEAR(run->eager_options);
     Py_CLEAR(run->error);
     return 0;
 }
@@ -1016,29 +1201,11 @@ static PyMethodDef ctxgroup_functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-/* 3.14: who awaits whom can be told to asyncio. */
-static int
-import_awaited_by(aiot_state *state)
-{
-    PyObject *asyncio = PyImport_ImportModule("asyncio");
-    if (asyncio == NULL) {
-        return -1;
-    }
-    int found = PyObject_GetOptionalAttr(asyncio, state->str_future_add_to_awaited_by, &state->awaited_by_add);
-    if (found > 0) {
-        state->awaited_by_discard = PyObject_GetAttr(asyncio, state->str_future_discard_from_awaited_by);
-        found = state->awaited_by_discard == NULL ? -1 : 1;
-    }
-    Py_DECREF(asyncio);
-    return found < 0 ? -1 : 0;
-}
-
 int
 aiot_ctxgroup_add_types(PyObject *module)
 {
     aiot_state *state = aiot_state_of_module(module);
-    if (import_awaited_by(state) < 0
-        || aiot_add_type(module, &state->GroupRunType, &Run_spec, NULL, false) < 0
+    if (aiot_add_type(module, &state->GroupRunType, &Run_spec, NULL, false) < 0
         || aiot_add_type(module, &state->GroupWorkerType, &Worker_spec, NULL, false) < 0)
     {
         return -1;

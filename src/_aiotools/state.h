@@ -48,6 +48,7 @@
     V(monotonic) \
     V(msg) \
     V(name) \
+    V(remove_done_callback) \
     V(send) \
     V(set_result) \
     V(split) \
@@ -69,8 +70,6 @@
     V(athrow) \
     V(cr_await) \
     V(cr_frame) \
-    V(future_add_to_awaited_by) \
-    V(future_discard_from_awaited_by) \
     V(gi_code) \
     V(throw) \
     V(yield_return) \
@@ -207,8 +206,6 @@
     V(discard_from_awaited_by) \
     V(QueueShutDown)      /* what both sides of a queue raise once it is shut down */ \
     V(QueueStatistics)    /* the named tuple */ \
-    V(awaited_by_add)     /* asyncio.future_add_to_awaited_by, or NULL before 3.14 */ \
-    V(awaited_by_discard) \
     V(done_none)          /* the shared awaitable whose result is None */ \
     V(kw_context)         /* ("context",), for vectorcalls */ \
     V(kw_name)            /* ("name",) */ \
@@ -228,6 +225,7 @@
     V(barrier_waits) \
     V(ctx_managers) \
     V(ctx_steps) \
+    V(group_workers) \
     V(dones) \
     V(queue_ops) \
     V(sleeps) \
