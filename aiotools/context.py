@@ -287,7 +287,16 @@ class AsyncContextGroup:
         self._values = [None] * count
         self._statuses = bytearray(count)
         try:
-            await (self._enter_in_this_task() if self._same_task else self._enter())
+            if self._same_task:
+                await self._enter_in_this_task()
+            elif self._levels:
+                await self._enter_by_level()
+            else:
+                await _run_each(
+                    self._managers, "__aenter__", (), self._values, self._statuses,
+                    self._limit, False, False, self._strict,
+                )  # fmt: skip
+                self._raise_failures_if_strict()
         except GeneratorExit:
             # Closed in the middle: nothing can be awaited any more.
             self._entered = False
@@ -305,8 +314,6 @@ class AsyncContextGroup:
         return self._values
 
     def _places_by_level(self) -> list[list[int]]:
-        if not self._levels:
-            return [list(range(len(self._managers)))]
         by_level: dict[int, list[int]] = {}
         for place in range(len(self._managers)):
             by_level.setdefault(self._levels.get(place, 0), []).append(place)
@@ -323,14 +330,7 @@ class AsyncContextGroup:
                 return True
         return False
 
-    async def _enter(self) -> None:
-        if not self._levels:
-            await _run_each(
-                self._managers, "__aenter__", (), self._values, self._statuses,
-                self._limit, False, False, self._strict,
-            )  # fmt: skip
-            self._raise_failures_if_strict()
-            return
+    async def _enter_by_level(self) -> None:
         for level in self._places_by_level():
             places = [place for place in level if not self._skip(place)]
             values, statuses = [None] * len(places), bytearray(len(places))
@@ -417,7 +417,13 @@ class AsyncContextGroup:
         to_leave = (_RETURNED,) if self._strict else (_RETURNED, _RAISED)
         places = [place for place, status in enumerate(self._statuses) if status in to_leave]
         try:
-            raised, stop = await self._leave(places, (exc_type, exc, traceback), rollback=False)
+            info = (exc_type, exc, traceback)
+            if self._same_task or self._sequential_exit or self._levels:
+                raised, stop = await self._leave(places, info, rollback=False)
+            else:
+                self._exit_states[:] = [None] * len(self._managers)
+                raised = []
+                stop = await self._leave_batch(places, info, raised, False, None)
         finally:
             self._entered = False
         failures = self._failures(raised, exc) if self._strict else []
@@ -434,7 +440,7 @@ class AsyncContextGroup:
                 exc.__context__ = group
         finally:
             # Tracebacks refer to this frame.
-            del exc, traceback, stop, failures, group
+            del exc, traceback, info, stop, failures, group
         return False
 
     def _failures(self, raised: list[int], exc: BaseException | None) -> list[BaseException]:
@@ -491,12 +497,11 @@ class AsyncContextGroup:
         stop: BaseException | None = None
         in_this_task = False
         while places:
+            everybody = len(places) == len(self._managers)
+            managers = self._managers if everybody else [self._managers[place] for place in places]
             states: list[Any] = [None] * len(places)
             statuses = bytearray(len(places))
-            run = _run_each(
-                [self._managers[place] for place in places], "__aexit__", info, states, statuses,
-                self._limit, True, rollback, False,
-            )  # fmt: skip
+            run = _run_each(managers, "__aexit__", info, states, statuses, self._limit, True, rollback, False)
             try:
                 if abort is not None:
                     abort.watch(run)
@@ -508,10 +513,15 @@ class AsyncContextGroup:
                 stop = exc
                 in_this_task = True
             finally:
-                for place, state, status in zip(places, states, statuses, strict=True):
-                    self._exit_states[place] = state
-                    if status == _RAISED:
-                        raised.append(place)
+                if everybody:
+                    self._exit_states[:] = states
+                else:
+                    for place, state in zip(places, states, strict=True):
+                        self._exit_states[place] = state
+                if _RAISED in statuses:
+                    raised += [place for place, status in zip(places, statuses, strict=True) if status == _RAISED]
+            if _NOT_RUN not in statuses:
+                break
             # A task that somebody cancels before it has begun leaves some undone.
             places = [place for place, status in zip(places, statuses, strict=True) if status == _NOT_RUN]
             if in_this_task:

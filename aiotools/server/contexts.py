@@ -1,7 +1,8 @@
 """The two kinds of context manager that a server is made of, and their decorators.
 
-Both are generators wrapped as context managers whose ``yield`` gives the stop signal.  The
-generator machinery is that of the two base classes imported first, and can be exchanged there.
+Both are generators wrapped as context managers whose ``yield`` gives the stop signal.  The asynchronous
+one is the core's, which :class:`aiotools.AsyncContextManager` shares; the other one is contextlib's but
+for its clean exit.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import functools
 import inspect
 import signal
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import _AsyncGeneratorContextManager as AsyncBase
-from contextlib import _GeneratorContextManager as SyncBase
+from contextlib import _GeneratorContextManager
 from typing import Any, Generic, TypeVar
+
+from .._aiotools import SendingContextManager
 
 __all__ = (
     "AsyncServerContextManager",
@@ -25,11 +27,12 @@ __all__ = (
 TYield = TypeVar("TYield")
 
 
-class AsyncServerContextManager(AsyncBase, Generic[TYield]):  # type: ignore[type-arg]
+class AsyncServerContextManager(SendingContextManager[TYield]):
     """What a worker is: an async context manager made from an async generator function.
 
     Like the one of :func:`contextlib.asynccontextmanager`, except that after a body without
-    exception the generator's ``yield`` evaluates to :attr:`yield_return`.
+    exception the generator's ``yield`` evaluates to :attr:`yield_return`, and that *func*, *args* and
+    *kwargs* can be read at any time.
 
     :param func: the async generator function.
     :param args: positional arguments to call it with.
@@ -48,32 +51,10 @@ class AsyncServerContextManager(AsyncBase, Generic[TYield]):  # type: ignore[typ
     ) -> None:
         if not inspect.isasyncgenfunction(func):
             raise RuntimeError(f"a server context must be an async generator function, not {func!r}")
-        self.func = func
-        self.args = args
-        self.kwargs = self.kwds = kwargs
-        self.gen = func(*args, **kwargs)
-        self.__doc__ = getattr(func, "__doc__", None) or type(self).__doc__
-
-    async def __aenter__(self) -> TYield:
-        try:
-            return await anext(self.gen)
-        except StopAsyncIteration:
-            raise RuntimeError("generator didn't yield") from None
-
-    async def __aexit__(self, typ: Any, value: Any, tb: Any) -> bool | None:
-        if typ is not None:
-            return await super().__aexit__(typ, value, tb)
-        try:
-            await self.gen.asend(self.yield_return)
-        except StopAsyncIteration:
-            return False
-        try:
-            raise RuntimeError("generator didn't stop")
-        finally:
-            await self.gen.aclose()
+        super().__init__(func, args, kwargs)
 
 
-class ServerMainContextManager(SyncBase, Generic[TYield]):  # type: ignore[type-arg]
+class ServerMainContextManager(_GeneratorContextManager, Generic[TYield]):  # type: ignore[type-arg]
     """What surrounds the workers in the parent: a context manager made from a generator function.
 
     After a body without exception the generator's ``yield`` evaluates to :attr:`yield_return`.
@@ -96,11 +77,8 @@ class ServerMainContextManager(SyncBase, Generic[TYield]):  # type: ignore[type-
     ) -> None:
         if not inspect.isgeneratorfunction(func):
             raise RuntimeError(f"a main context must be a generator function, not {func!r}")
-        self.func = func
-        self.args = args
-        self.kwargs = self.kwds = kwargs
-        self.gen = func(*args, **kwargs)
-        self.__doc__ = getattr(func, "__doc__", None) or type(self).__doc__
+        super().__init__(func, args, kwargs)  # type: ignore[arg-type]
+        self.kwargs = kwargs
 
     def _recreate_cm(self) -> ServerMainContextManager[TYield]:
         return type(self)(self.func, self.args, self.kwargs)
