@@ -30,9 +30,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 DeferFunc: TypeAlias = Callable[[Callable[[], Any]], None]
-AsyncDeferrable: TypeAlias = (
-    Callable[[], Awaitable[Any]] | Callable[[], Any] | Coroutine[Any, Any, Any]
-)
+AsyncDeferrable: TypeAlias = Callable[[], Awaitable[Any]] | Callable[[], Any] | Coroutine[Any, Any, Any]
 AsyncDeferFunc: TypeAlias = Callable[[AsyncDeferrable], None]
 
 
