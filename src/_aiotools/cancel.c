@@ -90,13 +90,12 @@ outcome_of(CancellerObject *self, Py_ssize_t index, PyObject *task)
 }
 
 static int
-Canceller_ended(AiotChildren *op, AiotChild *child, PyObject *task)
+Canceller_ended(AiotChildren *op, Py_ssize_t index, PyObject *task)
 {
     CancellerObject *self = (CancellerObject *)op;
     if (self->quiet) {
         return 0;
     }
-    Py_ssize_t index = ((AiotIndexedChild *)child)->index;
     PyObject *outcome = outcome_of(self, index, task);
     if (outcome == NULL) {
         outcome = PyErr_GetRaisedException();

@@ -1,7 +1,9 @@
 /* children.c: what every owner of tasks is built on.
  *
- * States:     a node is LIVE (linked, parent and task set) or ENDED (neither).
- * Invariants: n_children is the length of the list; a joiner is linked only while its waiter is pending.
+ * States:     a node is LIVE (linked, parent and task set) or ENDED (neither). A young child is running, found done (by a
+ *             sweep; the next one tells its parent, after the done callbacks that its end has scheduled), or told.
+ * Invariants: n_children is the length of the list plus the young ones that were not told; a joiner is linked only while its
+ *             waiter is pending. While there are young ones, a sweep is under way or running.
  * Ownership:  the parent owns the nodes in its list, a node its task and its parent, the task's callback list the node: cycles
  *             that the end of the task breaks, or the collector when nothing else refers to the parent or the task.
  * Locking:    all belongs to the thread of the loop.
@@ -52,11 +54,11 @@ aiot_children_wake(AiotChildren *self)
 
 /* Tells the parent, then those who wait. Both references are stolen. */
 static int
-tell_parent(AiotChildren *parent, AiotChild *child, PyObject *task)
+tell_parent(AiotChildren *parent, Py_ssize_t index, PyObject *task)
 {
     int failed = discard_awaited_by(parent, task);
     if (!failed) {
-        failed = parent->ops->ended(parent, child, task);
+        failed = parent->ops->ended(parent, index, task);
     }
     if (parent->n_children == 0 && !aiot_link_is_empty(&parent->joiners)) {
         PyObject *exc = failed ? PyErr_GetRaisedException() : NULL;
@@ -86,7 +88,8 @@ child_end(AiotChild *child)
     child->task = NULL;
     aiot_link_remove(&child->link);
     parent->n_children--;
-    int failed = tell_parent(parent, child, task);
+    parent->burst = 0;
+    int failed = tell_parent(parent, parent->ops->indexed ? ((AiotIndexedChild *)child)->index : 0, task);
     Py_DECREF(child);       /* the list's */
     return failed;
 }
@@ -110,6 +113,21 @@ Child_traverse(PyObject *op, visitproc visit, void *arg)
     return 0;
 }
 
+/* After n_children became 0 without an end. */
+static void
+wake_quietly(AiotChildren *parent)
+{
+    PyObject *pending = PyErr_GetRaisedException();
+    aiot_link *first;
+    while ((first = aiot_link_first(&parent->joiners)) != NULL) {
+        aiot_link_remove(first);
+        aiot_waiter_wake_quietly(AIOT_CONTAINER_OF(first, aiot_joiner, link)->waiter);
+    }
+    if (pending != NULL) {
+        PyErr_SetRaisedException(pending);
+    }
+}
+
 /* Leaves its parent without having ended: garbage, or never linked properly. */
 static int
 Child_clear(PyObject *op)
@@ -123,15 +141,7 @@ Child_clear(PyObject *op)
         aiot_link_remove(&child->link);
         parent->n_children--;
         if (parent->n_children == 0) {
-            PyObject *pending = PyErr_GetRaisedException();
-            aiot_link *first;
-            while ((first = aiot_link_first(&parent->joiners)) != NULL) {
-                aiot_link_remove(first);
-                aiot_waiter_wake_quietly(AIOT_CONTAINER_OF(first, aiot_joiner, link)->waiter);
-            }
-            if (pending != NULL) {
-                PyErr_SetRaisedException(pending);
-            }
+            wake_quietly(parent);
         }
         Py_DECREF(task);
         Py_DECREF(parent);
@@ -194,6 +204,9 @@ aiot_children_traverse(void *op, visitproc visit, void *arg)
     for (aiot_link *l = self->children.next; l != NULL && l != &self->children; l = l->next) {
         Py_VISIT((PyObject *)AIOT_CONTAINER_OF(l, AiotChild, link));
     }
+    for (Py_ssize_t i = 0; i < self->n_young; i++) {
+        Py_VISIT(self->young[i].task);
+    }
     return 0;
 }
 
@@ -207,6 +220,20 @@ aiot_children_clear(void *op)
         PyObject *child = Py_NewRef((PyObject *)AIOT_CONTAINER_OF(first, AiotChild, link));
         Child_clear(child);
         Py_DECREF(child);
+    }
+    aiot_young *young = self->young;
+    Py_ssize_t n_young = self->n_young;
+    self->young = NULL;
+    self->n_young = self->young_room = 0;
+    for (Py_ssize_t i = 0; i < n_young; i++) {
+        if (young[i].task != NULL) {
+            self->n_children--;
+            Py_DECREF(young[i].task);
+        }
+    }
+    PyMem_Free(young);
+    if (n_young > 0 && self->n_children == 0) {
+        wake_quietly(self);
     }
     Py_CLEAR(self->host);
     Py_CLEAR(self->callback_context);
@@ -222,6 +249,11 @@ aiot_children_tasks(AiotChildren *self)
     Py_ssize_t i = 0;
     for (aiot_link *l = self->children.next; l != &self->children && i < PyList_GET_SIZE(tasks); l = l->next) {
         PyList_SET_ITEM(tasks, i++, Py_NewRef(AIOT_CONTAINER_OF(l, AiotChild, link)->task));
+    }
+    for (Py_ssize_t j = 0; j < self->n_young && i < PyList_GET_SIZE(tasks); j++) {
+        if (self->young[j].task != NULL) {
+            PyList_SET_ITEM(tasks, i++, Py_NewRef(self->young[j].task));
+        }
     }
     assert(i == PyList_GET_SIZE(tasks));
     return tasks;
@@ -246,24 +278,11 @@ aiot_close_coroutine(aiot_state *state, PyObject *coro)
     }
 }
 
-static AiotChild *
-child_new(AiotChildren *self, Py_ssize_t index)
+/* What ended() runs in, whoever makes the children. */
+static int
+capture_context(AiotChildren *self)
 {
-    aiot_state *state = self->loop->state;
-    PyTypeObject *type = self->ops->indexed ? state->IndexedChildType : state->ChildType;
-    AiotChild *child = (AiotChild *)type->tp_alloc(type, 0);
-    if (child == NULL) {
-        return NULL;
-    }
-    aiot_link_init(&child->link);
-    if (self->ops->indexed) {
-        ((AiotIndexedChild *)child)->index = index;
-    }
-    if (self->callback_context == NULL && (self->callback_context = PyContext_CopyCurrent()) == NULL) {
-        Py_DECREF(child);
-        return NULL;
-    }
-    return child;
+    return self->callback_context == NULL && (self->callback_context = PyContext_CopyCurrent()) == NULL ? -1 : 0;
 }
 
 /* 1, 0 or -1. */
@@ -271,6 +290,10 @@ static int
 is_done(aiot_state *state, PyObject *task)
 {
     PyObject *answer = PyObject_CallMethodNoArgs(task, state->str_done);
+    if (AIOT_LIKELY(answer == Py_False || answer == Py_True)) {
+        Py_DECREF(answer);
+        return answer == Py_True;
+    }
     if (answer == NULL) {
         return -1;
     }
@@ -279,37 +302,31 @@ is_done(aiot_state *state, PyObject *task)
     return done;
 }
 
-/* Ended before it could be linked. What ended() raises is reported here, as the loop would. */
 static int
-end_at_once(AiotChildren *self, AiotChild *child, PyObject *task)
-{
-    if (tell_parent((AiotChildren *)Py_NewRef((PyObject *)self), child, Py_NewRef(task)) < 0) {
-        return aiot_loop_report(self->loop, "Exception in the handling of a child that ended at once",
-                                self->loop->state->str_task, task);
-    }
-    return 0;
-}
-
-/* child: stolen. */
-static int
-child_link(AiotChildren *self, AiotChild *child, PyObject *task)
+add_awaited_by(AiotChildren *self, PyObject *task)
 {
     aiot_state *state = self->loop->state;
-    int failed = -1;
-    int done = self->ops->later ? 0 : is_done(state, task);
-    if (done != 0) {
-        failed = done < 0 ? -1 : end_at_once(self, child, task);
-        Py_DECREF(child);
-        return failed;
+    if (state->add_to_awaited_by == NULL || self->host == NULL) {
+        return 0;
     }
-    if (state->add_to_awaited_by != NULL && self->host != NULL) {
-        PyObject *both[] = {task, self->host};
-        PyObject *result = PyObject_Vectorcall(state->add_to_awaited_by, both, 2, NULL);
-        if (result == NULL) {
-            Py_DECREF(child);
-            return -1;
-        }
-        Py_DECREF(result);
+    PyObject *both[] = {task, self->host};
+    PyObject *result = PyObject_Vectorcall(state->add_to_awaited_by, both, 2, NULL);
+    Py_XDECREF(result);
+    return result == NULL ? -1 : 0;
+}
+
+/* A node for a task, whether or not it is counted already. */
+static int
+node_add(AiotChildren *self, PyObject *task, Py_ssize_t index)
+{
+    aiot_state *state = self->loop->state;
+    PyTypeObject *type = self->ops->indexed ? state->IndexedChildType : state->ChildType;
+    AiotChild *child = (AiotChild *)type->tp_alloc(type, 0);
+    if (child == NULL) {
+        return -1;
+    }
+    if (self->ops->indexed) {
+        ((AiotIndexedChild *)child)->index = index;
     }
     child->parent = (AiotChildren *)Py_NewRef((PyObject *)self);
     child->task = Py_NewRef(task);
@@ -319,24 +336,280 @@ child_link(AiotChildren *self, AiotChild *child, PyObject *task)
     PyObject *args[] = {task, (PyObject *)child, self->callback_context};
     PyObject *result = PyObject_VectorcallMethod(state->str_add_done_callback, args,
                                                  2 | PY_VECTORCALL_ARGUMENTS_OFFSET, state->kw_context);
-    if (result != NULL) {
-        Py_DECREF(result);
-        failed = 0;
-    }
-    else {
+    if (result == NULL) {
         PyObject *exc = PyErr_GetRaisedException();
         Child_clear((PyObject *)child);
         PyErr_SetRaisedException(exc);
     }
+    Py_XDECREF(result);
     Py_DECREF(child);
+    return result == NULL ? -1 : 0;
+}
+
+/* ---- young children ----------------------------------------------------------------------------------------- */
+
+/* The first ones of a burst get nodes at once: a few children are not worth a sweep, and each is told in the turn and
+ * in the order in which asyncio would tell. */
+#define BURST_BEGINS 8
+
+typedef struct {
+    PyObject_HEAD
+    AiotChildren *parent;       /* owned */
+} SweepObject;
+
+static int
+ask_for_sweep(AiotChildren *self)
+{
+    aiot_state *state = self->loop->state;
+    SweepObject *sweep = (SweepObject *)state->SweepType->tp_alloc(state->SweepType, 0);
+    if (sweep == NULL) {
+        return -1;
+    }
+    sweep->parent = (AiotChildren *)Py_NewRef((PyObject *)self);
+    int failed = aiot_loop_call_soon(self->loop, (PyObject *)sweep, NULL, self->callback_context);
+    Py_DECREF(sweep);
+    if (!failed) {
+        self->sweeps_asked++;
+        self->sweep_is_last = true;
+    }
     return failed;
+}
+
+/* Room for one more. */
+static int
+young_reserve(AiotChildren *self)
+{
+    if (self->n_young < self->young_room) {
+        return 0;
+    }
+    Py_ssize_t room = self->young_room == 0 ? 16 : self->young_room + self->young_room / 2;
+    aiot_young *young = PyMem_Resize(self->young, aiot_young, room);
+    if (young == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    self->young = young;
+    self->young_room = room;
+    return 0;
+}
+
+/* Is the next child to be a young one? Then there is room for it, and a sweep will come. 1, 0 or -1. */
+static int
+begins_young(AiotChildren *self)
+{
+    if (self->ops->looks == 0 || (self->burst < BURST_BEGINS && self->sweeps_asked == 0)) {
+        return 0;
+    }
+    if (self->sweeps_asked == 0) {
+        /* In debug mode everything has a handle that names it, as with asyncio. */
+        int debug = aiot_loop_is_debug(self->loop);
+        if (debug != 0) {
+            return debug < 0 ? -1 : 0;
+        }
+    }
+    return young_reserve(self) < 0 ? -1 : 1;
+}
+
+/* An end that was found. What ended() raises is reported here, as the loop would. 0, or -1 with SystemExit or
+ * KeyboardInterrupt. */
+static int
+tell_young(AiotChildren *self, Py_ssize_t i)
+{
+    PyObject *task = self->young[i].task;
+    self->young[i].task = NULL;
+    self->n_children--;
+    Py_INCREF(task);
+    int failed = tell_parent((AiotChildren *)Py_NewRef((PyObject *)self), self->young[i].index, task);
+    if (failed) {
+        failed = aiot_loop_report(self->loop, "Exception in the handling of the end of a child",
+                                  self->loop->state->str_task, task);
+    }
+    Py_DECREF(task);
+    return failed;
+}
+
+/* Found running, or done. As above. */
+static int
+look_at_young(AiotChildren *self, Py_ssize_t i)
+{
+    PyObject *task = Py_NewRef(self->young[i].task);
+    int failed = 0;
+    int done = is_done(self->loop->state, task);
+    if (done > 0) {
+        self->young[i].looks = AIOT_FOUND_DONE;
+    }
+    else if (done == 0 && ++self->young[i].looks < self->ops->looks) {
+    }
+    else if (done == 0 && node_add(self, task, self->young[i].index) == 0) {
+        self->n_children--;
+        Py_CLEAR(self->young[i].task);
+    }
+    else {
+        /* It stays for the next sweep. */
+        failed = aiot_loop_report(self->loop, "A child could not be looked at", self->loop->state->str_task, task);
+    }
+    Py_DECREF(task);
+    return failed;
+}
+
+static int
+sweep_young(AiotChildren *self)
+{
+    self->sweeps_asked--;
+    if (self->sweeps_asked > 0 || self->n_young == 0) {
+        /* The later one sees what this one would, and more. */
+        return 0;
+    }
+    self->burst = 0;
+    if (self->sweeping) {
+        /* The loop is run from inside a handler; that sweep goes on when the handler returns. */
+        return 0;
+    }
+    self->sweeping = true;
+    int failed = 0;
+    Py_ssize_t n = self->n_young;
+    for (Py_ssize_t i = 0; i < n && i < self->n_young && !failed; i++) {
+        if (self->young[i].task != NULL) {
+            failed = self->young[i].looks == AIOT_FOUND_DONE ? tell_young(self, i) : look_at_young(self, i);
+        }
+    }
+    self->sweeping = false;
+    Py_ssize_t kept = 0;
+    for (Py_ssize_t i = 0; i < self->n_young; i++) {
+        if (self->young[i].task != NULL) {
+            self->young[kept++] = self->young[i];
+        }
+    }
+    self->n_young = kept;
+    if (kept == 0) {
+        PyMem_Free(self->young);
+        self->young = NULL;
+        self->young_room = 0;
+    }
+    if (kept > 0 && self->sweeps_asked == 0) {
+        PyObject *exc = PyErr_GetRaisedException();
+        int not_asked = ask_for_sweep(self);
+        if (exc != NULL) {
+            if (not_asked) {
+                PyErr_WriteUnraisable((PyObject *)self);
+            }
+            PyErr_SetRaisedException(exc);
+        }
+        failed = failed || not_asked ? -1 : 0;
+    }
+    return failed;
+}
+
+static PyObject *
+Sweep_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwargs))
+{
+    AiotChildren *parent = ((SweepObject *)op)->parent;
+    ((SweepObject *)op)->parent = NULL;
+    if (parent != NULL) {
+        int failed = sweep_young(parent);
+        Py_DECREF(parent);
+        if (failed) {
+            return NULL;
+        }
+    }
+    Py_RETURN_NONE;
+}
+
+static int
+Sweep_traverse(PyObject *op, visitproc visit, void *arg)
+{
+    Py_VISIT(Py_TYPE(op));
+    Py_VISIT(((SweepObject *)op)->parent);
+    return 0;
+}
+
+static int
+Sweep_clear(PyObject *op)
+{
+    Py_CLEAR(((SweepObject *)op)->parent);
+    return 0;
+}
+
+static void
+Sweep_dealloc(PyObject *op)
+{
+    PyTypeObject *type = Py_TYPE(op);
+    PyObject_GC_UnTrack(op);
+    Sweep_clear(op);
+    type->tp_free(op);
+    Py_DECREF(type);
+}
+
+static PyType_Slot Sweep_slots[] = {
+    {Py_tp_doc, "Looks which young children of a parent have ended."},
+    {Py_tp_call, Sweep_call},
+    {Py_tp_traverse, Sweep_traverse},
+    {Py_tp_clear, Sweep_clear},
+    {Py_tp_dealloc, Sweep_dealloc},
+    {0, NULL},
+};
+
+static PyType_Spec Sweep_spec = {
+    .name = "aiotools._aiotools.Sweep",
+    .basicsize = sizeof(SweepObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = Sweep_slots,
+};
+
+/* ---- spawning ----------------------------------------------------------------------------------------------- */
+
+/* Done when create_task returned. What ended() raises is reported here, as the loop would. */
+static int
+end_at_once(AiotChildren *self, Py_ssize_t index, PyObject *task)
+{
+    if (self->ops->ended(self, index, task) < 0) {
+        return aiot_loop_report(self->loop, "Exception in the handling of a child that ended at once",
+                                self->loop->state->str_task, task);
+    }
+    return 0;
+}
+
+/* Takes a new task in. 0 or -1. */
+static int
+child_link(AiotChildren *self, PyObject *task, Py_ssize_t index)
+{
+    if (!self->ops->later) {
+        int done = is_done(self->loop->state, task);
+        if (done != 0) {
+            return done < 0 ? -1 : end_at_once(self, index, task);
+        }
+    }
+    int young = begins_young(self);
+    if (young < 0 || add_awaited_by(self, task) < 0) {
+        return -1;
+    }
+    if (young) {
+        self->young[self->n_young++] = (aiot_young){.task = Py_NewRef(task), .index = index};
+        self->n_children++;
+        self->sweep_is_last = false;
+        if (self->sweeps_asked > 0 || ask_for_sweep(self) == 0) {
+            return 0;
+        }
+        self->n_young--;
+        self->n_children--;
+        Py_DECREF(task);
+    }
+    else if (node_add(self, task, index) == 0) {
+        self->burst++;
+        return 0;
+    }
+    PyObject *exc = PyErr_GetRaisedException();
+    if (discard_awaited_by(self, task) < 0) {
+        PyErr_Clear();
+    }
+    PyErr_SetRaisedException(exc);
+    return -1;
 }
 
 int
 aiot_children_adopt(AiotChildren *self, PyObject *task, Py_ssize_t index)
 {
-    AiotChild *child = child_new(self, index);
-    return child == NULL ? -1 : child_link(self, child, task);
+    return capture_context(self) < 0 ? -1 : child_link(self, task, index);
 }
 
 typedef enum {
@@ -472,18 +745,12 @@ PyObject *
 aiot_children_spawn(AiotChildren *self, PyObject *coro, PyObject *name, PyObject *context,
                     const aiot_spawn_options *options)
 {
-    AiotChild *child = child_new(self, options != NULL ? options->index : 0);
-    if (child == NULL) {
-        aiot_close_coroutine(self->loop->state, coro);
-        return NULL;
-    }
-    PyObject *task = make_task(self, coro, name, context, options);
+    PyObject *task = capture_context(self) < 0 ? NULL : make_task(self, coro, name, context, options);
     if (task == NULL) {
-        Py_DECREF(child);
         aiot_close_coroutine(self->loop->state, coro);
         return NULL;
     }
-    if (child_link(self, child, task) < 0) {
+    if (child_link(self, task, options != NULL ? options->index : 0) < 0) {
         /* Nobody would notice its end. */
         PyObject *exc = PyErr_GetRaisedException();
         PyObject *result = PyObject_CallMethodNoArgs(task, self->loop->state->str_cancel);
@@ -504,6 +771,9 @@ PySendResult
 aiot_join(AiotChildren *self, aiot_joiner *joiner, PyObject **result)
 {
     assert(aiot_link_is_out(&joiner->link));
+    if (self->n_young > 0 && !self->sweep_is_last && ask_for_sweep(self) < 0) {
+        return PYGEN_ERROR;
+    }
     AiotWaiter *waiter = aiot_waiter_new(self->loop, AIOT_PENDING);
     if (waiter == NULL) {
         return PYGEN_ERROR;
@@ -566,7 +836,8 @@ aiot_children_add_types(PyObject *module)
         || optional_import("future_add_to_awaited_by", &state->add_to_awaited_by) < 0
         || optional_import("future_discard_from_awaited_by", &state->discard_from_awaited_by) < 0
         || aiot_add_type(module, &state->ChildType, &Child_spec, NULL, false) < 0
-        || aiot_add_type(module, &state->IndexedChildType, &IndexedChild_spec, NULL, false) < 0)
+        || aiot_add_type(module, &state->IndexedChildType, &IndexedChild_spec, NULL, false) < 0
+        || aiot_add_type(module, &state->SweepType, &Sweep_spec, NULL, false) < 0)
     {
         return -1;
     }

@@ -1,7 +1,11 @@
 /* children.h: what every owner of tasks is built on: spawn them, notice their ends, wait until none is left, cancel all.
  *
- * Children are real asyncio tasks, made by loop.create_task. One node per child is its done callback and a link in its
- * parent's list; a child that ends leaves at once, and nothing of it is kept.
+ * Children are real asyncio tasks, made by loop.create_task, with nothing wrapped round their coroutines. A child that ends
+ * leaves at once, and nothing of it is kept. Its end is noticed in one of two ways:
+ *
+ *   a node     its done callback, which is a link in the parent's list as well: one handle of the loop per child
+ *   a look     children of a burst are young: sweeps, which the parent has the loop run once a turn, look which of them are
+ *              done. Who is still running after a few looks gets a node. That costs one handle per turn and not per child.
  */
 #ifndef AIOT_CHILDREN_H
 #define AIOT_CHILDREN_H
@@ -23,12 +27,23 @@ typedef struct {
     Py_ssize_t index;
 } AiotIndexedChild;
 
+/* A child without a node. */
+typedef struct {
+    PyObject *task;             /* owned; NULL once its end was told, until the sweep is over */
+    Py_ssize_t index;
+    int looks;                  /* how often it was found running, or AIOT_FOUND_DONE */
+} aiot_young;
+
+#define AIOT_FOUND_DONE (-1)
+
 typedef struct {
     /* A child ended; it is out of the list, and its parent's count is lower. 0, or -1 with an exception, which the loop
-     * reports. Runs in the loop, in the context that was current when the first child was made. */
-    int (*ended)(AiotChildren *self, AiotChild *child, PyObject *task);
+     * reports. Runs in the loop, in the context that was current when the first child was made. index: as it was spawned or
+     * adopted with, in parents that are indexed. */
+    int (*ended)(AiotChildren *self, Py_ssize_t index, PyObject *task);
     bool indexed;               /* nodes are AiotIndexedChild */
     bool later;                 /* ended() of a child that is done when create_task returns runs in the loop, too */
+    int looks;                  /* how often to look at a young child; 0: all children get nodes */
 } aiot_children_ops;
 
 #define AIOT_CHILDREN_HEAD                                                                      \
@@ -37,9 +52,16 @@ typedef struct {
     AiotLoop *loop;                 /* owned */                                                 \
     PyObject *host;                 /* the task that waits for the children, or NULL; owned */  \
     PyObject *callback_context;     /* what ended() runs in; owned */                           \
-    aiot_link children;                                                                         \
-    Py_ssize_t n_children;                                                                      \
-    aiot_link joiners;
+    aiot_link children;             /* the nodes, oldest first */                               \
+    Py_ssize_t n_children;          /* nodes and young ones */                                  \
+    aiot_link joiners;                                                                          \
+    aiot_young *young;              /* those without a node, oldest first; newer than all nodes of their burst */ \
+    Py_ssize_t n_young;                                                                         \
+    Py_ssize_t young_room;                                                                      \
+    int burst;                      /* children made since the last end that was noticed */     \
+    int sweeps_asked;               /* handles under way */                                     \
+    bool sweep_is_last;             /* the last one was asked for after the youngest child was made */ \
+    bool sweeping;
 
 /* Embedded as the first member in garbage-collected objects. */
 struct AiotChildren {

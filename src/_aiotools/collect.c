@@ -52,10 +52,9 @@ result_of(CrewObject *self, PyObject *task)
 }
 
 static int
-Crew_ended(AiotChildren *op, AiotChild *child, PyObject *task)
+Crew_ended(AiotChildren *op, Py_ssize_t index, PyObject *task)
 {
     CrewObject *self = (CrewObject *)op;
-    Py_ssize_t index = ((AiotIndexedChild *)child)->index;
     if (self->results != NULL) {
         return PyList_SetItem(self->results, index, result_of(self, task));
     }

@@ -228,7 +228,7 @@ group_child_failed(AiotScope *self, PyObject *task, PyObject *exc)
 }
 
 static int
-Scope_child_ended(AiotChildren *op, AiotChild *Py_UNUSED(child), PyObject *task)
+Scope_child_ended(AiotChildren *op, Py_ssize_t Py_UNUSED(index), PyObject *task)
 {
     AiotScope *self = (AiotScope *)op;
     aiot_state *state = self->loop->state;
@@ -272,10 +272,13 @@ Scope_child_ended(AiotChildren *op, AiotChild *Py_UNUSED(child), PyObject *task)
     return failed;
 }
 
-static const aiot_children_ops scope_ops = {.ended = Scope_child_ended};
+/* A child that hops twice is found before it gets a node, also when it was not started at the first look. */
+#define LOOKS 3
+
+static const aiot_children_ops scope_ops = {.ended = Scope_child_ended, .looks = LOOKS};
 
 /* asyncio's groups never handle an end from inside create_task(): the host would be cancelled too early. */
-static const aiot_children_ops group_ops = {.ended = Scope_child_ended, .later = true};
+static const aiot_children_ops group_ops = {.ended = Scope_child_ended, .later = true, .looks = LOOKS};
 
 /* May it take a child now? 0, or -1 with RuntimeError. */
 static int

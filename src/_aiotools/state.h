@@ -186,6 +186,7 @@
     V(ShieldType) \
     V(SleepType) \
     V(StopIterationType) \
+    V(SweepType) \
     V(TaskContextType) \
     V(TaskGroupCoreType) \
     V(TaskScopeType) \
