@@ -107,6 +107,7 @@ static const aiot_children_ops Canceller_ops = {
     .ended = Canceller_ended,
     .indexed = true,
     .later = true,
+    .lazy = true,
 };
 
 static int
@@ -340,6 +341,10 @@ raise_unfinished(CancelWaitObject *self)
 static PySendResult
 CancelWait_step(CancelWaitObject *self, PyObject **result)
 {
+    if (self->timed_out && aiot_children_settle((AiotChildren *)self->canceller) < 0) {
+        CancelWait_leave(self);
+        return PYGEN_ERROR;
+    }
     if (self->canceller->n_children == 0) {
         return CancelWait_finish(self, result);
     }

@@ -357,16 +357,25 @@ typedef struct {
     AiotChildren *parent;       /* owned */
 } SweepObject;
 
-static int
-ask_for_sweep(AiotChildren *self)
+static PyObject *
+sweep_new(AiotChildren *self)
 {
     aiot_state *state = self->loop->state;
     SweepObject *sweep = (SweepObject *)state->SweepType->tp_alloc(state->SweepType, 0);
+    if (sweep != NULL) {
+        sweep->parent = (AiotChildren *)Py_NewRef((PyObject *)self);
+    }
+    return (PyObject *)sweep;
+}
+
+static int
+ask_for_sweep(AiotChildren *self)
+{
+    PyObject *sweep = sweep_new(self);
     if (sweep == NULL) {
         return -1;
     }
-    sweep->parent = (AiotChildren *)Py_NewRef((PyObject *)self);
-    int failed = aiot_loop_call_soon(self->loop, (PyObject *)sweep, NULL, self->callback_context);
+    int failed = aiot_loop_call_soon(self->loop, sweep, NULL, self->callback_context);
     Py_DECREF(sweep);
     if (!failed) {
         self->sweeps_asked++;
@@ -393,7 +402,7 @@ young_reserve(AiotChildren *self)
     return 0;
 }
 
-/* Is the next child to be a young one? Then there is room for it, and a sweep will come. 1, 0 or -1. */
+/* Is the next child to be a young one? 1, 0 or -1. */
 static int
 begins_young(AiotChildren *self)
 {
@@ -407,7 +416,19 @@ begins_young(AiotChildren *self)
             return debug < 0 ? -1 : 0;
         }
     }
-    return young_reserve(self) < 0 ? -1 : 1;
+    return 1;
+}
+
+static int
+young_add(AiotChildren *self, PyObject *task, Py_ssize_t index)
+{
+    if (young_reserve(self) < 0) {
+        return -1;
+    }
+    self->young[self->n_young++] = (aiot_young){.task = Py_NewRef(task), .index = index};
+    self->n_children++;
+    self->sweep_is_last = false;
+    return 0;
 }
 
 /* An end that was found. What ended() raises is reported here, as the loop would. 0, or -1 with SystemExit or
@@ -500,13 +521,107 @@ sweep_young(AiotChildren *self)
     return failed;
 }
 
+/* Of a lazy parent: the done callback of its youngest child. */
+static int
+watch_youngest(AiotChildren *self)
+{
+    PyObject *sweep = sweep_new(self);
+    if (sweep == NULL) {
+        return -1;
+    }
+    aiot_state *state = self->loop->state;
+    PyObject *task = Py_NewRef(self->young[self->n_young - 1].task);
+    PyObject *args[] = {task, sweep, self->callback_context};
+    PyObject *result = PyObject_VectorcallMethod(state->str_add_done_callback, args,
+                                                 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, state->kw_context);
+    Py_DECREF(task);
+    Py_DECREF(sweep);
+    Py_XDECREF(result);
+    if (result == NULL) {
+        return -1;
+    }
+    self->sweeps_asked++;
+    return 0;
+}
+
+/* Takes a young child out and tells of its end; those behind it move up. */
+static int
+settle_one(AiotChildren *self, Py_ssize_t i)
+{
+    aiot_young ended = self->young[i];
+    self->n_young--;
+    self->n_children--;
+    memmove(&self->young[i], &self->young[i + 1], (size_t)(self->n_young - i) * sizeof(aiot_young));
+    PyObject *task = Py_NewRef(ended.task);
+    int failed = tell_parent((AiotChildren *)Py_NewRef((PyObject *)self), ended.index, ended.task);
+    if (failed) {
+        failed = aiot_loop_report(self->loop, "Exception in the handling of the end of a child",
+                                  self->loop->state->str_task, task);
+    }
+    Py_DECREF(task);
+    return failed;
+}
+
+/* Is that one done? It may be gone after this. 1, 0 or -1. */
+static int
+young_is_done(AiotChildren *self, Py_ssize_t i)
+{
+    PyObject *task = Py_NewRef(self->young[i].task);
+    int done = is_done(self->loop->state, task);
+    Py_DECREF(task);
+    return done;
+}
+
+int
+aiot_children_settle(AiotChildren *self)
+{
+    for (Py_ssize_t i = self->n_young - 1; i >= 0; i--) {
+        int done = i < self->n_young ? young_is_done(self, i) : 0;
+        if (done < 0 || (done > 0 && settle_one(self, i) < 0)) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+/* The youngest one has ended, and perhaps others before it. */
+static int
+settle_youngest(AiotChildren *self)
+{
+    self->sweeps_asked--;
+    PyObject *error = NULL;
+    while (self->n_young > 0) {
+        int done = young_is_done(self, self->n_young - 1);
+        if (done > 0 && self->n_young > 0) {
+            done = settle_one(self, self->n_young - 1) < 0 ? -1 : 1;
+        }
+        else if (done == 0 && self->n_young > 0 && self->sweeps_asked == 0) {
+            done = watch_youngest(self);
+        }
+        if (done < 0) {
+            Py_XSETREF(error, PyErr_GetRaisedException());
+        }
+        if (done <= 0) {
+            break;
+        }
+    }
+    if (error != NULL) {
+        if (self->n_young > 0 && self->sweeps_asked == 0 && watch_youngest(self) < 0) {
+            PyErr_WriteUnraisable((PyObject *)self);
+        }
+        PyErr_SetRaisedException(error);
+        return -1;
+    }
+    return 0;
+}
+
 static PyObject *
 Sweep_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwargs))
 {
     AiotChildren *parent = ((SweepObject *)op)->parent;
     ((SweepObject *)op)->parent = NULL;
     if (parent != NULL) {
-        int failed = sweep_young(parent);
+        int failed = parent->ops->lazy ? settle_youngest(parent) : sweep_young(parent);
         Py_DECREF(parent);
         if (failed) {
             return NULL;
@@ -579,20 +694,19 @@ child_link(AiotChildren *self, PyObject *task, Py_ssize_t index)
             return done < 0 ? -1 : end_at_once(self, index, task);
         }
     }
-    int young = begins_young(self);
+    int young = self->ops->lazy ? 1 : begins_young(self);
     if (young < 0 || add_awaited_by(self, task) < 0) {
         return -1;
     }
     if (young) {
-        self->young[self->n_young++] = (aiot_young){.task = Py_NewRef(task), .index = index};
-        self->n_children++;
-        self->sweep_is_last = false;
-        if (self->sweeps_asked > 0 || ask_for_sweep(self) == 0) {
-            return 0;
+        if (young_add(self, task, index) == 0) {
+            if (self->ops->lazy || self->sweeps_asked > 0 || ask_for_sweep(self) == 0) {
+                return 0;
+            }
+            self->n_young--;
+            self->n_children--;
+            Py_DECREF(task);
         }
-        self->n_young--;
-        self->n_children--;
-        Py_DECREF(task);
     }
     else if (node_add(self, task, index) == 0) {
         self->burst++;
@@ -771,7 +885,12 @@ PySendResult
 aiot_join(AiotChildren *self, aiot_joiner *joiner, PyObject **result)
 {
     assert(aiot_link_is_out(&joiner->link));
-    if (self->n_young > 0 && !self->sweep_is_last && ask_for_sweep(self) < 0) {
+    if (self->ops->lazy) {
+        if (self->n_young > 0 && self->sweeps_asked == 0 && watch_youngest(self) < 0) {
+            return PYGEN_ERROR;
+        }
+    }
+    else if (self->n_young > 0 && !self->sweep_is_last && ask_for_sweep(self) < 0) {
         return PYGEN_ERROR;
     }
     AiotWaiter *waiter = aiot_waiter_new(self->loop, AIOT_PENDING);

@@ -6,6 +6,9 @@
  *   a node     its done callback, which is a link in the parent's list as well: one handle of the loop per child
  *   a look     children of a burst are young: sweeps, which the parent has the loop run once a turn, look which of them are
  *              done. Who is still running after a few looks gets a node. That costs one handle per turn and not per child.
+ *
+ * Parents that need no end but the last are lazy: while somebody waits, the youngest child that runs has a done callback, and
+ * when it has ended, those before it are looked at.
  */
 #ifndef AIOT_CHILDREN_H
 #define AIOT_CHILDREN_H
@@ -43,6 +46,7 @@ typedef struct {
     int (*ended)(AiotChildren *self, Py_ssize_t index, PyObject *task);
     bool indexed;               /* nodes are AiotIndexedChild */
     bool later;                 /* ended() of a child that is done when create_task returns runs in the loop, too */
+    bool lazy;                  /* ended() may come late: when the children are waited for, and younger ones have ended */
     int looks;                  /* how often to look at a young child; 0: all children get nodes */
 } aiot_children_ops;
 
@@ -90,6 +94,9 @@ PyObject *aiot_children_spawn(AiotChildren *self, PyObject *coro, PyObject *name
 
 /* A task that is there already; done ones are fine. 0 or -1. */
 int aiot_children_adopt(AiotChildren *self, PyObject *task, Py_ssize_t index);
+
+/* In lazy parents: ended() for all that are done by now. 0, or -1 with SystemExit or KeyboardInterrupt. */
+int aiot_children_settle(AiotChildren *self);
 
 /* Closes what will not be run, without a warning: any object with close(). No exception is set or lost. */
 void aiot_close_coroutine(aiot_state *state, PyObject *coro);

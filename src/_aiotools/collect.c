@@ -70,7 +70,9 @@ Crew_ended(AiotChildren *op, Py_ssize_t index, PyObject *task)
     return failed;
 }
 
-static const aiot_children_ops Crew_ops = {.ended = Crew_ended, .indexed = true};
+/* One look: those that end in their first step are found in the order in which they ended. */
+static const aiot_children_ops Crew_ops = {.ended = Crew_ended, .indexed = true, .looks = 1};
+static const aiot_children_ops gathering_ops = {.ended = Crew_ended, .indexed = true, .lazy = true};
 
 static int
 cancel_all(CrewObject *self, PyObject *msg)
@@ -369,7 +371,7 @@ Crew_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_DECREF(loop);
         return NULL;
     }
-    aiot_children_init(self, &Crew_ops);
+    aiot_children_init(self, keep ? &gathering_ops : &Crew_ops);
     self->loop = loop;
     self->finished = PyList_New(0);
     self->results = keep ? PyList_New(0) : NULL;
