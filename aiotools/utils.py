@@ -40,6 +40,29 @@ def _check_limit(limit: int | None) -> None:
             raise ValueError(f"limit must be at least 1, not {limit!r}")
 
 
+# The modes of a crew; without one it collects tasks.
+_KEEP_RESULTS = 1
+_RACE = 2
+_RACE_FOR_SUCCESS = 3
+
+
+def _iterator(coros: Any) -> Any:
+    try:
+        return iter(coros)
+    except TypeError:
+        raise TypeError(
+            f"an iterable or async iterable of coroutines was expected, not {type(coros).__name__!r}"
+        ) from None
+
+
+async def _give_up(crew: Any, iterator: Any) -> None:
+    """Not all could be started: end those that were."""
+    try:
+        await crew.close()
+    finally:
+        _close_rest(iterator)
+
+
 def _close_rest(iterator: Any) -> None:
     """Coroutines that were handed over and never started are closed without a warning; a generator is closed itself."""
     if (close := getattr(iterator, "close", None)) is not None:
@@ -234,20 +257,12 @@ async def gather_safe(
         results = await gather_safe(list(coros.values()), context=context, limit=limit)
         return dict(zip(keys, results, strict=True))
     if limit is None and not hasattr(type(coros), "__aiter__"):
-        try:
-            iterator = iter(coros)
-        except TypeError:
-            raise TypeError(
-                f"an iterable or async iterable of coroutines was expected, not {type(coros).__name__!r}"
-            ) from None
-        crew = _Crew(True)
+        iterator = _iterator(coros)
+        crew = _Crew(_KEEP_RESULTS)
         try:
             crew.spawn_all(iterator, context)
         except BaseException:
-            try:
-                await crew.close()
-            finally:
-                _close_rest(iterator)
+            await _give_up(crew, iterator)
             raise
         return await crew.results()
     found: dict[int, Any] = {}
@@ -305,6 +320,24 @@ async def race(
     Since aiotools 2.0; async iterables and *limit* since 3.0.
     """
     _check_limit(limit)
+    if limit is None and not hasattr(type(coros), "__aiter__"):
+        # All run from the start.
+        iterator = _iterator(coros)
+        crew = _Crew(_RACE_FOR_SUCCESS if continue_on_error else _RACE)
+        try:
+            crew.spawn_all(iterator, context)
+        except BaseException:
+            await _give_up(crew, iterator)
+            raise
+        if not crew.spawned:
+            raise ValueError("race() needs at least one coroutine")
+        outcome = await crew.outcome()
+        if type(outcome) is list:
+            try:
+                raise ExceptionGroup("All coroutines have failed in race()", outcome)
+            finally:
+                del outcome
+        return outcome  # type: ignore[no-any-return]
     errors: list[Exception] = []
     feed = _Feed(crew := _Crew(), coros, limit, context)
     try:

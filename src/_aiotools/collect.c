@@ -1,12 +1,13 @@
 /* collect.c: a crew of tasks whose ends are collected in the order in which they come.
  *
- * States:     a crew takes children at any time, until close() was awaited. Its awaitables are wait() (until there is
- *             something to take, or nobody left), close() (cancel all, until nobody is left) and results() (until
- *             nobody is left; then the results by index).
+ * States:     a crew takes children at any time, until close() was awaited or a race is decided. Its awaitables are wait()
+ *             (until there is something to take, or nobody left), close() (cancel all, until nobody is left), results()
+ *             (until nobody is left; then the results by index) and outcome() (the same; then that of the race).
  * Invariants: `finished` holds what ended and was not taken yet, oldest first: in a crew that keeps results it stays empty,
- *             and `results` has one item per index.
- * Cancelled:  wait() leaves the children alone. results() cancels them, waits for all, and then raises; close() waits for
- *             all as well, however often it is cancelled.
+ *             and `results` has one item per index; in a race it stays empty, too. `winner` is the first that decides a race:
+ *             the others are cancelled then, from its done callback, so that the host wakes once.
+ * Cancelled:  wait() leaves the children alone. results() and outcome() cancel them, wait for all, and then raise; close()
+ *             waits for all as well, however often it is cancelled.
  * Re-entry:   spawning and cancelling run foreign code; the lists are ours alone, and grow only at their ends.
  */
 
@@ -22,9 +23,21 @@ typedef struct {
     PyObject *finished;         /* list of (index, task) */
     PyObject *results;          /* list, or NULL when tasks are wanted */
     PyObject *base_error;       /* SystemExit or KeyboardInterrupt of a child, when results are kept */
+    PyObject *winner;           /* task, or NULL */
+    PyObject *errors;           /* of a race: list */
     Py_ssize_t n_spawned;
+    uint8_t mode;
+    bool spawning;              /* all of the race are to be started before it is decided */
     bool closed;
 } CrewObject;
+
+/* What Crew() is called with. */
+typedef enum {
+    COLLECT_TASKS,
+    KEEP_RESULTS,
+    RACE,
+    RACE_FOR_SUCCESS,           /* failures don't decide */
+} crew_mode;
 
 typedef struct {
     AIOT_AWAITABLE_HEAD
@@ -52,11 +65,73 @@ result_of(CrewObject *self, PyObject *task)
 }
 
 static int
+cancel_all(CrewObject *self, PyObject *msg)
+{
+    PyObject *tasks = aiot_children_tasks((AiotChildren *)self);
+    if (tasks == NULL) {
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tasks); i++) {
+        if (aiot_task_cancel_from(self->loop, PyList_GET_ITEM(tasks, i), self->origin, msg) < 0) {
+            /* The others are to be cancelled all the same. */
+            PyErr_WriteUnraisable(PyList_GET_ITEM(tasks, i));
+        }
+    }
+    Py_DECREF(tasks);
+    return 0;
+}
+
+/* Does this end decide the race? If not, it was a failure, and is kept. 1, 0 or -1. */
+static int
+decides(CrewObject *self, PyObject *task)
+{
+    aiot_state *state = self->loop->state;
+    if (self->mode == RACE) {
+        return 1;
+    }
+    PyObject *exc = PyObject_CallMethodNoArgs(task, state->str_exception);
+    if (exc == NULL) {
+        if (PyErr_ExceptionMatches(state->CancelledError)) {
+            PyErr_Clear();
+            return 1;
+        }
+        return -1;
+    }
+    int answer = 1;
+    if (PyErr_GivenExceptionMatches(exc, PyExc_Exception)) {
+        answer = PyList_Append(self->errors, exc) < 0 ? -1 : 0;
+    }
+    Py_DECREF(exc);
+    return answer;
+}
+
+static int
+race_ended(CrewObject *self, PyObject *task)
+{
+    if (self->winner != NULL || self->closed) {
+        return 0;
+    }
+    int decided = decides(self, task);
+    if (decided <= 0) {
+        return decided;
+    }
+    self->winner = Py_NewRef(task);
+    if (self->spawning) {
+        return 0;
+    }
+    self->closed = true;
+    return cancel_all(self, NULL);
+}
+
+static int
 Crew_ended(AiotChildren *op, Py_ssize_t index, PyObject *task)
 {
     CrewObject *self = (CrewObject *)op;
     if (self->results != NULL) {
         return PyList_SetItem(self->results, index, result_of(self, task));
+    }
+    if (self->mode >= RACE) {
+        return race_ended(self, task);
     }
     if (self->closed || self->finished == NULL) {
         return 0;
@@ -73,23 +148,6 @@ Crew_ended(AiotChildren *op, Py_ssize_t index, PyObject *task)
 /* One look: those that end in their first step are found in the order in which they ended. */
 static const aiot_children_ops Crew_ops = {.ended = Crew_ended, .indexed = true, .looks = 1};
 static const aiot_children_ops gathering_ops = {.ended = Crew_ended, .indexed = true, .lazy = true};
-
-static int
-cancel_all(CrewObject *self, PyObject *msg)
-{
-    PyObject *tasks = aiot_children_tasks((AiotChildren *)self);
-    if (tasks == NULL) {
-        return -1;
-    }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tasks); i++) {
-        if (aiot_task_cancel_from(self->loop, PyList_GET_ITEM(tasks, i), self->origin, msg) < 0) {
-            /* The others are to be cancelled all the same. */
-            PyErr_WriteUnraisable(PyList_GET_ITEM(tasks, i));
-        }
-    }
-    Py_DECREF(tasks);
-    return 0;
-}
 
 /* ---- waiting ------------------------------------------------------------------------------------------------ */
 
@@ -115,13 +173,37 @@ static PySendResult
 wait_step(CrewWaitObject *self, PyObject **result)
 {
     CrewObject *crew = self->crew;
-    if (crew->n_children == 0 || PyList_GET_SIZE(crew->finished) > 0) {
+    if (crew->n_children == 0 || (crew->finished != NULL && PyList_GET_SIZE(crew->finished) > 0)) {
         return none_answer(self, result);
     }
     return crew_answer(self, aiot_join((AiotChildren *)crew, &self->joiner, result));
 }
 
-/* For close() and results(): until nobody is left. */
+/* (result, errors), or the list of errors when nobody has won. What it refers to is handed over. */
+static PyObject *
+outcome_of(CrewObject *crew)
+{
+    PyObject *winner = crew->winner;
+    PyObject *errors = crew->errors;
+    crew->winner = NULL;
+    crew->errors = NULL;
+    if (winner == NULL) {
+        return errors;
+    }
+    PyObject *outcome = NULL;
+    PyObject *result = PyObject_CallMethodNoArgs(winner, crew->loop->state->str_result);
+    if (result != NULL) {
+        outcome = PyTuple_Pack(2, result, errors);
+        Py_DECREF(result);
+    }
+    Py_DECREF(winner);
+    Py_XDECREF(errors);
+    return outcome;
+}
+
+static const aiot_awaitable_ops Outcome_ops;
+
+/* For close(), results() and outcome(): until nobody is left. */
 static PySendResult
 end_step(CrewWaitObject *self, PyObject **result)
 {
@@ -134,7 +216,13 @@ end_step(CrewWaitObject *self, PyObject **result)
         PyErr_SetObject((PyObject *)Py_TYPE(error), error);
         Py_CLEAR(crew->base_error);
         Py_CLEAR(crew->results);
+        Py_CLEAR(crew->winner);
+        Py_CLEAR(crew->errors);
         return crew_answer(self, PYGEN_ERROR);
+    }
+    if (((aiot_awaitable *)self)->ops == &Outcome_ops) {
+        *result = outcome_of(crew);
+        return crew_answer(self, *result == NULL ? PYGEN_ERROR : PYGEN_RETURN);
     }
     if (crew->results == NULL) {
         return none_answer(self, result);
@@ -240,6 +328,10 @@ static const aiot_awaitable_ops Results_ops = {
     .name = "results", .start = Results_start, .resume = End_resume, .throw = End_throw, .abandon = CrewWait_abandon,
 };
 
+static const aiot_awaitable_ops Outcome_ops = {
+    .name = "outcome", .start = Results_start, .resume = End_resume, .throw = End_throw, .abandon = CrewWait_abandon,
+};
+
 static PyObject *
 crew_wait_new(PyObject *crew, const aiot_awaitable_ops *ops)
 {
@@ -293,17 +385,26 @@ Crew_spawn_all(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
         PyErr_SetString(PyExc_TypeError, "spawn_all() takes an iterator, and a context");
         return NULL;
     }
+    CrewObject *self = (CrewObject *)op;
     PyObject *coro;
+    self->spawning = true;
     while ((coro = PyIter_Next(args[0])) != NULL) {
-        PyObject *task = crew_spawn((CrewObject *)op, coro, nargs == 2 ? args[1] : NULL);
+        PyObject *task = crew_spawn(self, coro, nargs == 2 ? args[1] : NULL);
         Py_DECREF(coro);
         if (task == NULL) {
-            return NULL;
+            break;
         }
         Py_DECREF(task);
     }
+    self->spawning = false;
     if (PyErr_Occurred()) {
         return NULL;
+    }
+    if (self->winner != NULL && !self->closed) {
+        self->closed = true;
+        if (cancel_all(self, NULL) < 0) {
+            return NULL;
+        }
     }
     Py_RETURN_NONE;
 }
@@ -319,6 +420,9 @@ Crew_take(PyObject *op, PyObject *Py_UNUSED(ignored))
         return NULL;
     }
     PyObject *finished = self->finished;
+    if (finished == NULL) {
+        return empty;
+    }
     self->finished = empty;
     return finished;
 }
@@ -345,6 +449,16 @@ Crew_results(PyObject *op, PyObject *Py_UNUSED(ignored))
     return crew_wait_new(op, &Results_ops);
 }
 
+static PyObject *
+Crew_outcome(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    if (((CrewObject *)op)->mode < RACE) {
+        PyErr_SetString(PyExc_RuntimeError, "this crew runs no race");
+        return NULL;
+    }
+    return crew_wait_new(op, &Outcome_ops);
+}
+
 static Py_ssize_t
 Crew_length(PyObject *op)
 {
@@ -354,8 +468,12 @@ Crew_length(PyObject *op)
 static PyObject *
 Crew_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    int keep = 0;
-    if (!PyArg_ParseTuple(args, "|p:Crew", &keep)) {
+    int mode = COLLECT_TASKS;
+    if (!PyArg_ParseTuple(args, "|i:Crew", &mode)) {
+        return NULL;
+    }
+    if (mode < COLLECT_TASKS || mode > RACE_FOR_SUCCESS) {
+        PyErr_Format(PyExc_ValueError, "there is no mode %d of Crew()", mode);
         return NULL;
     }
     if (kwargs != NULL && PyDict_GET_SIZE(kwargs) > 0) {
@@ -371,12 +489,15 @@ Crew_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
         Py_DECREF(loop);
         return NULL;
     }
+    bool keep = mode == KEEP_RESULTS;
     aiot_children_init(self, keep ? &gathering_ops : &Crew_ops);
     self->loop = loop;
-    self->finished = PyList_New(0);
+    self->mode = (uint8_t)mode;
+    self->finished = mode == COLLECT_TASKS ? PyList_New(0) : NULL;
     self->results = keep ? PyList_New(0) : NULL;
+    self->errors = mode >= RACE ? PyList_New(0) : NULL;
     self->host = aiot_loop_current_task(loop, "what collects tasks");
-    if (self->finished == NULL || self->host == NULL || (keep && self->results == NULL)) {
+    if (self->host == NULL || (self->finished == NULL && self->results == NULL && self->errors == NULL)) {
         Py_DECREF(self);
         return NULL;
     }
@@ -411,6 +532,8 @@ static PyMethodDef Crew_methods[] = {
     {"close", Crew_close, METH_NOARGS, "close($self, /)\n--\n\nCancel all that are left, and wait for them."},
     {"results", Crew_results, METH_NOARGS,
      "results($self, /)\n--\n\nWait for all; the results, exceptions in their places. Cancelled, cancel all."},
+    {"outcome", Crew_outcome, METH_NOARGS,
+     "outcome($self, /)\n--\n\nWait for all of a race: (result, errors), or the errors alone. Cancelled, cancel all."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -422,6 +545,8 @@ Crew_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(self->finished);
     Py_VISIT(self->results);
     Py_VISIT(self->base_error);
+    Py_VISIT(self->winner);
+    Py_VISIT(self->errors);
     return aiot_children_traverse(op, visit, arg);
 }
 
@@ -432,6 +557,8 @@ Crew_clear(PyObject *op)
     Py_CLEAR(self->finished);
     Py_CLEAR(self->results);
     Py_CLEAR(self->base_error);
+    Py_CLEAR(self->winner);
+    Py_CLEAR(self->errors);
     aiot_children_clear(op);
     return 0;
 }
@@ -452,7 +579,7 @@ Crew_dealloc(PyObject *op)
 }
 
 static PyType_Slot Crew_slots[] = {
-    {Py_tp_doc, "Crew(keep_results=False, /)\n--\n\nTasks whose ends are collected in the order in which they come."},
+    {Py_tp_doc, "Crew(mode=0, /)\n--\n\nTasks whose ends are collected in the order in which they come."},
     {Py_tp_new, Crew_new},
     {Py_tp_methods, Crew_methods},
     {Py_tp_getset, Crew_getset},
