@@ -24,6 +24,25 @@ async def a_gather_that_is_cancelled():
     await aiotools.cancel_and_wait(task)
 
 
+@operation("race")
+async def a_race_that_nobody_wins():
+    try:
+        await aiotools.race([fail() for _ in range(12)], continue_on_error=True)
+    except ExceptionGroup:
+        pass
+    try:
+        await aiotools.race([fail(), asyncio.sleep(60)])
+    except ValueError:
+        pass
+
+
+@operation("race")
+async def a_race_that_is_cancelled():
+    task = asyncio.create_task(aiotools.race([asyncio.sleep(60) for _ in range(12)]))
+    await asyncio.sleep(0)
+    await aiotools.cancel_and_wait(task)
+
+
 @operation("as_completed_safe", "race")
 async def ends_in_order():
     async with aiotools.aclosing(aiotools.as_completed_safe([asyncio.sleep(0), asyncio.sleep(60)])) as done:

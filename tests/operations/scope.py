@@ -93,6 +93,30 @@ async def tasks_that_are_cancelled():
     await aiotools.cancel_and_wait(task, "msg", timeout=60)
 
 
+# More children than get a done callback of their own.
+BURST = 12
+
+
+@operation("TaskScope")
+async def a_burst_of_children():
+    async with aiotools.TaskScope(exception_handler=None) as scope:
+        for _ in range(BURST):
+            scope.create_task(asyncio.sleep(0))
+            scope.create_task(fail())
+            scope.create_task(forever())
+        for _ in range(4):
+            await asyncio.sleep(0)
+        scope.abort()
+
+
+@operation("TaskScope")
+async def a_burst_that_is_cancelled_at_once():
+    async with aiotools.TaskScope() as scope:
+        for _ in range(BURST):
+            scope.create_task(forever())
+        scope.cancel()
+
+
 @operation("TaskScope")
 async def a_task_group():
     try:
