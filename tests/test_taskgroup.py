@@ -151,7 +151,7 @@ class TestAsAsyncio:
         assert requests() == 0
 
     async def test_a_lone_generator_exit_is_raised_as_it_is(self, Group):
-        if Group is asyncio.TaskGroup and sys.version_info < (3, 14):
+        if Group is asyncio.TaskGroup and sys.version_info < (3, 15):
             return
         with pytest.raises(GeneratorExit):
             async with Group() as group:
