@@ -20,6 +20,7 @@ Stop_dealloc(PyObject *op)
 {
     PyStopIterationObject *self = (PyStopIterationObject *)op;
     PyObject_GC_UnTrack(op);
+    AIOT_TRASHCAN_BEGIN(op, Stop_dealloc)
     Py_CLEAR(self->dict);
     Py_CLEAR(self->args);
     Py_CLEAR(self->notes);
@@ -29,6 +30,7 @@ Stop_dealloc(PyObject *op)
     Py_CLEAR(self->value);
     aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
     aiot_free_list_free(state, state == NULL ? NULL : &state->free_stops, op);
+    AIOT_TRASHCAN_END
 }
 
 static int
@@ -562,9 +564,11 @@ static void
 Done_dealloc(PyObject *op)
 {
     PyObject_GC_UnTrack(op);
+    AIOT_TRASHCAN_BEGIN(op, Done_dealloc)
     Py_CLEAR(((DoneObject *)op)->value);
     aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
     aiot_free_list_free(state, state == NULL ? NULL : &state->free_dones, op);
+    AIOT_TRASHCAN_END
 }
 
 static PyType_Slot Done_slots[] = {

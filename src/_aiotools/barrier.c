@@ -6,7 +6,7 @@
  * Invariants: count is the number of waits inside: linked in `waiting`, running the action, or woken and not
  *             yet resumed. `waiting` is empty unless FILLING or ACTING. loop and thread are those of who is inside.
  * Ownership:  the lists own references to the waits in them, as asyncio's barrier refers to its futures: a barrier that
- *             somebody holds keeps the tasks that wait in it.
+ *             somebody holds keeps the tasks that wait in it. A wait owns the loop that its alarm is set in.
  * Locking:    all fields, and those of its waits, belong to the barrier's critical section.
  * Re-entry:   waking may call the loop, and the action runs anything: the state is changed before, lists are
  *             emptied one by one, and the state is read again after.
@@ -48,6 +48,7 @@ typedef struct {
     aiot_link waiting;
     aiot_link blocked;
     uint8_t state;
+    bool initialized;
 } BarrierObject;
 
 typedef enum {
@@ -63,6 +64,7 @@ typedef struct {
     uint8_t place;
     bool timed_out;             /* while blocked */
     BarrierObject *barrier;
+    AiotLoop *loop;             /* once it was suspended */
     AiotWaiter *waiter;
     PyObject *inner;            /* of an action that is awaited */
     aiot_link link;
@@ -100,7 +102,7 @@ static void
 wait_stop_alarm(WaitObject *wait)
 {
     if (aiot_alarm_is_set(&wait->alarm)) {
-        aiot_alarm_cancel(wait->barrier->loop, &wait->alarm);
+        aiot_alarm_cancel(wait->loop, &wait->alarm);
     }
 }
 
@@ -197,6 +199,8 @@ barrier_release_lock_held(BarrierObject *self)
 static PySendResult
 raise_broken(aiot_state *state, const char *message, PyObject *cause)
 {
+    /* The barrier may let go of it meanwhile. */
+    Py_XINCREF(cause);
     PyObject *exc = PyObject_CallFunction(state->BrokenBarrierError, "s", message);
     if (exc != NULL) {
         if (cause != NULL) {
@@ -205,6 +209,7 @@ raise_broken(aiot_state *state, const char *message, PyObject *cause)
         PyErr_SetObject(state->BrokenBarrierError, exc);
         Py_DECREF(exc);
     }
+    Py_XDECREF(cause);
     return PYGEN_ERROR;
 }
 
@@ -344,12 +349,13 @@ Wait_fire(AiotLoop *Py_UNUSED(loop), PyObject *owner)
     }
     else if (barrier->state == FILLING || barrier->state == ACTING) {
         PyObject *cause = PyObject_CallFunction(PyExc_TimeoutError, "s", "the barrier's timeout is over");
-        if (cause == NULL) {
+        /* Without memory it breaks all the same, and that is reported. */
+        PyObject *exc = cause == NULL ? PyErr_GetRaisedException() : NULL;
+        barrier_break_lock_held(barrier, cause);
+        Py_XDECREF(cause);
+        if (exc != NULL) {
+            PyErr_SetRaisedException(exc);
             failed = -1;
-        }
-        else {
-            barrier_break_lock_held(barrier, cause);
-            Py_DECREF(cause);
         }
     }
     else {
@@ -360,26 +366,36 @@ Wait_fire(AiotLoop *Py_UNUSED(loop), PyObject *owner)
     return failed;
 }
 
-/* Suspends in one of the lists. */
+static void wait_abandon_lock_held(WaitObject *self);
+
+/* Suspends in one of the lists. It is inside before the alarm is set, which calls the loop: whatever happens to the barrier
+ * there happens to this wait as well. */
 static PySendResult
 wait_suspend_lock_held(WaitObject *self, aiot_link *list, uint8_t place, PyObject **result)
 {
     BarrierObject *barrier = self->barrier;
-    self->waiter = aiot_waiter_new(barrier->loop, AIOT_PENDING);
+    if (self->loop == NULL) {
+        self->loop = (AiotLoop *)Py_NewRef((PyObject *)barrier->loop);
+    }
+    self->waiter = aiot_waiter_new(self->loop, AIOT_PENDING);
     if (self->waiter == NULL) {
         return PYGEN_ERROR;
     }
+    wait_append_lock_held(list, self);
+    self->place = place;
+    *(place == IN_BLOCKED ? &barrier->n_blocked : &barrier->count) += 1;
+    AIOT_CHECK(barrier_is_right(barrier));
     if (!isinf(self->timeout) && !aiot_alarm_is_set(&self->alarm) && !self->timed_out) {
         double when;
-        if (aiot_loop_deadline(barrier->loop, self->timeout, &when) < 0
-            || aiot_alarm_set(barrier->loop, &self->alarm, when) < 0)
+        if (aiot_loop_deadline(self->loop, self->timeout, &when) < 0
+            || aiot_alarm_set(self->loop, &self->alarm, when) < 0)
         {
-            Py_CLEAR(self->waiter);
+            PyObject *exc = PyErr_GetRaisedException();
+            wait_abandon_lock_held(self);
+            PyErr_SetRaisedException(exc);
             return PYGEN_ERROR;
         }
     }
-    wait_append_lock_held(list, self);
-    self->place = place;
     *result = aiot_waiter_yield(self->waiter);
     return PYGEN_NEXT;
 }
@@ -412,16 +428,11 @@ wait_arrive_lock_held(WaitObject *self, PyObject **result)
 {
     BarrierObject *barrier = self->barrier;
     aiot_state *state = aiot_state_of_exact_type(Py_TYPE(self));
-    PySendResult answer;
     switch ((barrier_state)barrier->state) {
     case ACTING:
     case DRAINING:
     case RESETTING:
-        answer = wait_suspend_lock_held(self, &barrier->blocked, IN_BLOCKED, result);
-        if (answer == PYGEN_NEXT) {
-            barrier->n_blocked++;
-        }
-        return answer;
+        return wait_suspend_lock_held(self, &barrier->blocked, IN_BLOCKED, result);
     case BROKEN:
         return raise_broken(state, "Barrier aborted", barrier->cause);
     case FILLING:
@@ -429,7 +440,9 @@ wait_arrive_lock_held(WaitObject *self, PyObject **result)
         break;
     }
     if (barrier->parties == 0) {
-        PyErr_SetString(PyExc_RuntimeError, "all parties have left the barrier; add_party() comes first");
+        PyErr_SetString(PyExc_RuntimeError, barrier->initialized
+                                                ? "all parties have left the barrier; add_party() comes first"
+                                                : "Barrier.__init__() was not called");
         return PYGEN_ERROR;
     }
     if (self->timed_out) {
@@ -444,12 +457,7 @@ wait_arrive_lock_held(WaitObject *self, PyObject **result)
     if (barrier->count + 1 >= barrier->parties) {
         return wait_last_lock_held(self, result);
     }
-    answer = wait_suspend_lock_held(self, &barrier->waiting, IN_WAITING, result);
-    if (answer == PYGEN_NEXT) {
-        barrier->count++;
-    }
-    AIOT_CHECK(barrier_is_right(barrier));
-    return answer;
+    return wait_suspend_lock_held(self, &barrier->waiting, IN_WAITING, result);
 }
 
 /* The loop of who is inside; of the first to come when there is nobody. 0, or -1 with RuntimeError. */
@@ -617,12 +625,13 @@ Wait_traverse(PyObject *op, visitproc visit, void *arg)
     WaitObject *self = (WaitObject *)op;
     Py_VISIT(Py_TYPE(op));
     Py_VISIT(self->barrier);
+    Py_VISIT(self->loop);
     Py_VISIT(self->waiter);
     Py_VISIT(self->inner);
     return 0;
 }
 
-/* Not the barrier, which the alarm and the lists need: it lets go of us. */
+/* Not the barrier and the loop, which the lists and the alarm need: they let go of us. */
 static int
 Wait_clear(PyObject *op)
 {
@@ -642,6 +651,7 @@ Wait_dealloc(PyObject *op)
     PyObject_GC_UnTrack(op);
     assert(aiot_link_is_out(&self->link) && !aiot_alarm_is_set(&self->alarm));
     Wait_clear(op);
+    Py_CLEAR(self->loop);
     Py_CLEAR(self->barrier);
     aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
     aiot_free_list_free(state, state == NULL ? NULL : &state->free_barrier_waits, op);
@@ -689,7 +699,13 @@ as_timeout(PyObject *obj, double otherwise, double *timeout)
         *timeout = otherwise;
         return 0;
     }
-    return aiot_as_seconds(obj, "timeout", timeout);
+    if (aiot_as_seconds(obj, "timeout", timeout) < 0) {
+        return -1;
+    }
+    if (*timeout < 0) {
+        *timeout = 0;       /* infinity stands for none, also a negative one */
+    }
+    return 0;
 }
 
 PyDoc_STRVAR(wait_doc,
@@ -925,45 +941,64 @@ PyDoc_STRVAR(Barrier_doc,
 "A superset of asyncio.Barrier; action and timeout are those of\n"
 "threading.Barrier.");
 
+/* Everything else is up to __init__(), as in asyncio.Barrier: subclasses have arguments of their own. */
 static PyObject *
-Barrier_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
+Barrier_new(PyTypeObject *type, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwargs))
+{
+    BarrierObject *self = (BarrierObject *)type->tp_alloc(type, 0);
+    if (self != NULL) {
+        aiot_link_init(&self->waiting);
+        aiot_link_init(&self->blocked);
+        self->timeout = INFINITY;
+    }
+    return (PyObject *)self;
+}
+
+static int
+Barrier_init(PyObject *op, PyObject *args, PyObject *kwargs)
 {
     static const aiot_params params = {
         "Barrier", 1, 1, 3, {AIOT_NAME(parties), AIOT_NAME(action), AIOT_NAME(timeout)}};
-    aiot_state *state = aiot_state_of_type(type);
+    BarrierObject *self = (BarrierObject *)op;
+    aiot_state *state = aiot_state_of_type(Py_TYPE(op));
     PyObject *given[3];
     double timeout;
     if (state == NULL || aiot_bind_tuple(state, &params, args, kwargs, given) < 0
         || as_timeout(given[2], INFINITY, &timeout) < 0)
     {
-        return NULL;
+        return -1;
     }
     Py_ssize_t parties = PyNumber_AsSsize_t(given[0], PyExc_OverflowError);
     if (parties == -1 && PyErr_Occurred()) {
         if (PyErr_ExceptionMatches(PyExc_TypeError)) {
             PyErr_Format(PyExc_TypeError, "parties must be an integer, not '%.200s'", Py_TYPE(given[0])->tp_name);
         }
-        return NULL;
+        return -1;
     }
     if (parties < 1) {
         PyErr_Format(PyExc_ValueError, "parties must be > 0, not %zd", parties);
-        return NULL;
+        return -1;
     }
     PyObject *action = given[1] == Py_None ? NULL : given[1];
     if (action != NULL && !PyCallable_Check(action)) {
         PyErr_Format(PyExc_TypeError, "action must be callable, not '%.200s'", Py_TYPE(action)->tp_name);
-        return NULL;
+        return -1;
     }
-    BarrierObject *self = (BarrierObject *)type->tp_alloc(type, 0);
-    if (self == NULL) {
-        return NULL;
+    bool first;
+    Py_BEGIN_CRITICAL_SECTION(op);
+    first = !self->initialized;
+    if (first) {
+        self->initialized = true;
+        self->parties = parties;
+        self->action = Py_XNewRef(action);
+        self->timeout = timeout;
     }
-    aiot_link_init(&self->waiting);
-    aiot_link_init(&self->blocked);
-    self->parties = parties;
-    self->action = Py_XNewRef(action);
-    self->timeout = timeout;
-    return (PyObject *)self;
+    Py_END_CRITICAL_SECTION();
+    if (!first) {
+        PyErr_SetString(PyExc_RuntimeError, "a barrier can be initialized only once");
+        return -1;
+    }
+    return 0;
 }
 
 static PyObject *
@@ -1047,6 +1082,7 @@ static PyMemberDef Barrier_members[] = {
 static PyType_Slot Barrier_slots[] = {
     {Py_tp_doc, (void *)Barrier_doc},
     {Py_tp_new, Barrier_new},
+    {Py_tp_init, Barrier_init},
     {Py_tp_repr, Barrier_repr},
     {Py_tp_methods, Barrier_methods},
     {Py_tp_getset, Barrier_getset},

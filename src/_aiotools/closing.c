@@ -124,9 +124,11 @@ ClosingExit_dealloc(PyObject *op)
         return;
     }
     PyObject_GC_UnTrack(op);
+    AIOT_TRASHCAN_BEGIN(op, ClosingExit_dealloc)
     ClosingExit_clear(op);
     type->tp_free(op);
     Py_DECREF(type);
+    AIOT_TRASHCAN_END
 }
 
 static PyType_Slot ClosingExit_slots[] = {
@@ -219,12 +221,14 @@ Closing_dealloc(PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
+    AIOT_TRASHCAN_BEGIN(op, Closing_dealloc)
     if (((ClosingObject *)op)->weakrefs != NULL) {
         PyObject_ClearWeakRefs(op);
     }
     Closing_clear(op);
     type->tp_free(op);
     Py_DECREF(type);
+    AIOT_TRASHCAN_END
 }
 
 static PyMethodDef Closing_methods[] = {

@@ -116,6 +116,16 @@ aiot_atomic_increment(uint64_t *p)
 #endif
 }
 
+/* 3.14: all objects of the collector are freed without deep recursion. Before, the dealloc of what holds objects of a user
+ * sees to it itself, after untracking. */
+#if PY_VERSION_HEX < 0x030E0000
+#  define AIOT_TRASHCAN_BEGIN(op, dealloc) Py_TRASHCAN_BEGIN(op, dealloc)
+#  define AIOT_TRASHCAN_END Py_TRASHCAN_END
+#else
+#  define AIOT_TRASHCAN_BEGIN(op, dealloc)
+#  define AIOT_TRASHCAN_END
+#endif
+
 /* 3.12: exceptions are one object. */
 #if PY_VERSION_HEX < 0x030C0000
 static inline PyObject *

@@ -79,6 +79,11 @@ aiot_fetch_return(PyObject **result)
         return PYGEN_ERROR;
     }
     PyObject *stop = PyErr_GetRaisedException();
+    if (!PyObject_TypeCheck(stop, (PyTypeObject *)PyExc_StopIteration)) {
+        /* Up to 3.11 to make an object of it may fail: that is another exception then. */
+        PyErr_SetRaisedException(stop);
+        return PYGEN_ERROR;
+    }
     PyObject *value = ((PyStopIterationObject *)stop)->value;
     *result = Py_NewRef(value != NULL ? value : Py_None);
     Py_DECREF(stop);

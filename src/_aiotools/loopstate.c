@@ -210,6 +210,24 @@ monotonic_time(aiot_state *state, double *now)
 #endif
 }
 
+/* The reading of somebody's own clock, which it takes the reference of. A deadline that is counted from infinity or NaN would
+ * be NaN, which the queue can't order. 0 or -1. */
+static int
+foreign_time(PyObject *reading, double *now)
+{
+    if (reading == NULL) {
+        return -1;
+    }
+    *now = PyFloat_AsDouble(reading);
+    int failed = *now == -1.0 && PyErr_Occurred() ? -1 : 0;
+    if (!failed && !isfinite(*now)) {
+        PyErr_Format(PyExc_ValueError, "the time() of the event loop must be finite, not %R", reading);
+        failed = -1;
+    }
+    Py_DECREF(reading);
+    return failed;
+}
+
 static bool
 is_monotonic_plain(aiot_state *state)
 {
@@ -285,12 +303,7 @@ loop_time(AiotLoop *self, double *now, bool *monotonic)
     }
     PyObject *reading = PyObject_CallNoArgs(time);
     Py_DECREF(time);
-    if (reading == NULL) {
-        return -1;
-    }
-    *now = PyFloat_AsDouble(reading);
-    Py_DECREF(reading);
-    return *now == -1.0 && PyErr_Occurred() ? -1 : 0;
+    return foreign_time(reading, now);
 }
 
 int
@@ -303,20 +316,24 @@ aiot_loop_time(AiotLoop *self, double *now)
 int
 aiot_loop_deadline_on(AiotLoop *self, double delay, double *when, bool *monotonic)
 {
-    int failed;
+    double now;
     int patched = self->coarse ? has_own_time(self) : 1;
     if (patched < 0) {
         return -1;
     }
     if (patched) {
-        failed = loop_time(self, when, monotonic);
+        if (loop_time(self, &now, monotonic) < 0) {
+            return -1;
+        }
     }
     else {
-        failed = monotonic_time(self->state, when);
+        if (monotonic_time(self->state, &now) < 0) {
+            return -1;
+        }
         *monotonic = true;
     }
-    *when += delay;
-    return failed;
+    *when = now + delay;
+    return 0;
 }
 
 int
@@ -757,13 +774,13 @@ detach_posts(AiotLoop *self)
 }
 
 static void
-run_posts(AiotLoop *self, aiot_post *post, bool delivered)
+run_posts(AiotLoop *self, aiot_post *post, aiot_post_outcome outcome)
 {
     while (post != NULL) {
         aiot_post *next = post->next;
         PyObject *owner = post->owner;
         post->next = NULL;
-        post->run(self, owner, delivered);
+        post->run(self, owner, outcome);
         Py_DECREF(owner);
         post = next;
     }
@@ -784,18 +801,19 @@ PostCall_call(PyObject *op, PyObject *Py_UNUSED(args), PyObject *Py_UNUSED(kwarg
     AiotLoop *self = call->loop;
     call->spent = true;
     if (self->loop == NULL) {
-        run_posts(self, detach_posts(self), false);
+        run_posts(self, detach_posts(self), AIOT_POST_CLOSED);
         Py_RETURN_NONE;
     }
+    /* An error there (Ctrl-C, most likely) must not cost the posts: they are run as in debug mode, and it is raised after. */
     int debug = aiot_loop_is_debug(self);
     PyObject *exc = debug < 0 ? PyErr_GetRaisedException() : NULL;
     /* What is woken here runs at the end of this handle, which is one of its own: no need for another one. */
     bool armed = self->drain_armed;
-    if (!debug) {
+    if (debug == 0) {
         self->drain_armed = true;
     }
-    run_posts(self, detach_posts(self), true);
-    if (!debug) {
+    run_posts(self, detach_posts(self), AIOT_POST_DELIVERED);
+    if (debug == 0) {
         self->drain_armed = armed;
         if (aiot_loop_drain(self) < 0) {
             return NULL;
@@ -825,7 +843,7 @@ PostCall_dealloc(PyObject *op)
     AiotLoop *self = call->loop;
     if (!call->spent) {
         PyObject *pending = PyErr_GetRaisedException();
-        run_posts(self, detach_posts(self), false);
+        run_posts(self, detach_posts(self), AIOT_POST_CLOSED);
         if (pending != NULL) {
             PyErr_SetRaisedException(pending);
         }
@@ -880,16 +898,23 @@ loop_was_closed(AiotLoop *self, PyObject *loop)
     return closed > 0;
 }
 
-/* Has the loop run the posts. 0, or -1, with no exception set, when it is gone, closed or out of memory. */
-static int
+bool
+aiot_loop_error_is_closed(void)
+{
+    return PyErr_ExceptionMatches(PyExc_RuntimeError) && !PyErr_ExceptionMatches(PyExc_RecursionError);
+}
+
+/* Has the loop run the posts: DELIVERED says that it will. Leaves no exception set. */
+static aiot_post_outcome
 schedule_posts(AiotLoop *self)
 {
     PyObject *loop = aiot_loop_object_anywhere(self);
     if (loop == NULL) {
-        return -1;
+        return AIOT_POST_CLOSED;
     }
     PyTypeObject *type = self->state->PostCallType;
     PostCallObject *call = (PostCallObject *)type->tp_alloc(type, 0);
+    bool closed = false;
     PyObject *handle = NULL;
     if (call == NULL) {
         aiot_write_unraisable((PyObject *)self);
@@ -904,7 +929,8 @@ schedule_posts(AiotLoop *self)
             break;
         }
         bool interrupted = PyErr_ExceptionMatches(PyExc_KeyboardInterrupt);
-        if (PyErr_ExceptionMatches(PyExc_RuntimeError)) {
+        closed = aiot_loop_error_is_closed();
+        if (closed) {
             PyErr_Clear();
         }
         else {
@@ -914,14 +940,15 @@ schedule_posts(AiotLoop *self)
             break;
         }
     }
-    bool failed = handle == NULL || loop_was_closed(self, loop);
-    if (failed && call != NULL) {
+    closed = closed || (handle != NULL && loop_was_closed(self, loop));
+    if ((closed || handle == NULL) && call != NULL) {
         call->spent = true;
     }
     Py_XDECREF((PyObject *)call);
-    Py_XDECREF(handle);
     Py_DECREF(loop);
-    return failed ? -1 : 0;
+    aiot_post_outcome outcome = closed ? AIOT_POST_CLOSED : handle == NULL ? AIOT_POST_NOT_NOW : AIOT_POST_DELIVERED;
+    Py_XDECREF(handle);
+    return outcome;
 }
 
 void
@@ -942,9 +969,10 @@ aiot_loop_post(AiotLoop *self, aiot_post *post)
     self->posts_armed = true;
     aiot_mutex_unlock(&self->posts_lock);
 
-    if (arm && schedule_posts(self) < 0) {
+    aiot_post_outcome outcome = arm ? schedule_posts(self) : AIOT_POST_DELIVERED;
+    if (outcome != AIOT_POST_DELIVERED) {
         /* What others added meanwhile can't be delivered either. */
-        run_posts(self, detach_posts(self), false);
+        run_posts(self, detach_posts(self), outcome);
     }
     if (pending != NULL) {
         PyErr_SetRaisedException(pending);
@@ -953,26 +981,34 @@ aiot_loop_post(AiotLoop *self, aiot_post *post)
 
 /* ---- finding the state of a loop ---------------------------------------------------------------------------- */
 
+/* Is it a type of a loop that counts milliseconds? 1, 0 or -1. */
+static int
+is_coarse_type(aiot_state *state, PyObject *type)
+{
+    PyObject *module = PyObject_GetAttr(type, state->str___module__);
+    if (module == NULL) {
+        return -1;
+    }
+    int coarse = 0;
+    if (PyUnicode_Check(module)) {
+        const char *name = PyUnicode_AsUTF8(module);
+        coarse = name == NULL ? -1 : strncmp(name, "uvloop", 6) == 0 || strncmp(name, "winloop", 7) == 0;
+    }
+    Py_DECREF(module);
+    return coarse;
+}
+
 static int
 has_coarse_clock(aiot_state *state, PyObject *loop)
 {
-    PyObject *mro = Py_TYPE(loop)->tp_mro;
-    for (Py_ssize_t i = 0; mro != NULL && i < PyTuple_GET_SIZE(mro); i++) {
-        PyObject *module = PyObject_GetAttr(PyTuple_GET_ITEM(mro, i), state->str___module__);
-        if (module == NULL) {
-            return -1;
-        }
-        const char *name = PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : "";
-        bool coarse = name != NULL && (strncmp(name, "uvloop", 6) == 0 || strncmp(name, "winloop", 7) == 0);
-        Py_DECREF(module);
-        if (name == NULL) {
-            return -1;
-        }
-        if (coarse) {
-            return 1;
-        }
+    /* Metaclasses answer, and may give the type another one meanwhile. */
+    PyObject *mro = Py_XNewRef(Py_TYPE(loop)->tp_mro);
+    int coarse = 0;
+    for (Py_ssize_t i = 0; mro != NULL && coarse == 0 && i < PyTuple_GET_SIZE(mro); i++) {
+        coarse = is_coarse_type(state, PyTuple_GET_ITEM(mro, i));
     }
-    return 0;
+    Py_XDECREF(mro);
+    return coarse;
 }
 
 static AiotLoop *
@@ -1043,9 +1079,34 @@ add_to_table(aiot_state *state, PyObject *loop, AiotLoop *self)
     PyObject *key = PyLong_FromVoidPtr(loop);
     PyObject *ref = PyWeakref_NewRef((PyObject *)self, NULL);
     int failed = key == NULL || ref == NULL || PyDict_SetItem(state->loops, key, ref) < 0;
-    Py_XDECREF(key);
     Py_XDECREF(ref);
-    return failed ? -1 : 0;
+    if (failed) {
+        Py_XDECREF(key);
+        return -1;
+    }
+    self->table_key = key;
+    return 0;
+}
+
+/* The end of a state that was in the table. By now another loop may have the address of its loop. */
+static void
+forget_in_table(AiotLoop *self)
+{
+    PyObject *pending = PyErr_GetRaisedException();
+    PyObject *loops = Py_XNewRef(self->state->loops);
+    PyObject *ref = NULL, *other = NULL;
+    if (loops != NULL && PyDict_GetItemRef(loops, self->table_key, &ref) > 0 && PyWeakref_GetRef(ref, &other) == 0
+        && PyDict_DelItem(loops, self->table_key) < 0)
+    {
+        PyErr_Clear();
+    }
+    Py_XDECREF(loops);
+    Py_XDECREF(ref);
+    Py_XDECREF(other);
+    Py_CLEAR(self->table_key);
+    if (pending != NULL) {
+        PyErr_SetRaisedException(pending);
+    }
 }
 
 static AiotLoop *
@@ -1189,6 +1250,10 @@ static int
 LoopState_clear(PyObject *op)
 {
     AiotLoop *self = (AiotLoop *)op;
+    /* First: whoever asks from now on hears that the loop is gone. It may be freed before we are. */
+    PyObject *owned = self->loop_ref == NULL ? self->loop : NULL;
+    self->loop = NULL;
+    aiot_atomic_increment(&self->state->loops_epoch);
     Py_CLEAR(self->tick_handle);
     Py_CLEAR(self->get_loop);
     Py_CLEAR(self->done_future);
@@ -1204,18 +1269,17 @@ LoopState_clear(PyObject *op)
     while (self->ready_first != NULL) {
         AiotWaiter *waiter = self->ready_first;
         self->ready_first = waiter->next;
+        if (waiter->next == NULL) {
+            self->ready_last = NULL;
+        }
         waiter->next = NULL;
         waiter->linked = false;
         Py_DECREF(waiter);
     }
-    self->ready_last = NULL;
-    run_posts(self, detach_posts(self), false);
+    run_posts(self, detach_posts(self), AIOT_POST_CLOSED);
     Py_CLEAR(self->dict);
-    if (self->loop_ref == NULL) {
-        Py_CLEAR(self->loop);
-    }
-    self->loop = NULL;
     Py_CLEAR(self->loop_ref);
+    Py_XDECREF(owned);
     return 0;
 }
 
@@ -1225,9 +1289,13 @@ LoopState_dealloc(PyObject *op)
     AiotLoop *self = (AiotLoop *)op;
     PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
+    /* Before anybody's weakref callback asks for us. */
     aiot_atomic_increment(&self->state->loops_epoch);
     if (self->weakrefs != NULL) {
         PyObject_ClearWeakRefs(op);
+    }
+    if (self->table_key != NULL) {
+        forget_in_table(self);
     }
     LoopState_clear(op);
     aiot_heap_fini(&self->alarms);
@@ -1269,5 +1337,11 @@ aiot_loopstate_add_types(PyObject *module)
     if (aiot_add_type(module, &state->PostCallType, &PostCall_spec, NULL, false) < 0) {
         return -1;
     }
+    /* What a thread remembers from an interpreter that is gone, whose state had the same address, is void. */
+    double now;
+    if (monotonic_time(state, &now) < 0) {
+        return -1;
+    }
+    state->loops_epoch = (uint64_t)(now * 1e9);
     return aiot_add_type(module, &state->LoopStateType, &LoopState_spec, NULL, false);
 }

@@ -82,16 +82,20 @@ int aiot_turn_ask(AiotLoop *loop, aiot_turn *turn);
 
 /* ---- posts: from any thread --------------------------------------------------------------------------------- */
 
-/* Embedded in its owner; until it was run the loop state owns a reference to owner. run is called in the thread
- * of the loop with delivered true, or, when the loop is closed before, with false: in the posting thread, or in the one that
- * closes the loop. */
+typedef enum {
+    AIOT_POST_DELIVERED,                    /* in the thread of the loop */
+    AIOT_POST_CLOSED,                       /* the loop is closed, or gone: in the posting thread, or in the one that closes it */
+    AIOT_POST_NOT_NOW,                      /* in the posting thread: the loop could not be told (no memory, no stack left), which was reported */
+} aiot_post_outcome;
+
+/* Embedded in its owner; until it was run, once, the loop state owns a reference to owner. */
 struct aiot_post {
     aiot_post *next;
     PyObject *owner;
-    void (*run)(AiotLoop *loop, PyObject *owner, bool delivered);
+    void (*run)(AiotLoop *loop, PyObject *owner, aiot_post_outcome outcome);
 };
 
-/* Any thread. The post must not be under way already. Never fails: see delivered above. No exception is set. */
+/* Any thread. The post must not be under way already. Never fails: see outcome above. No exception is set. */
 void aiot_loop_post(AiotLoop *loop, aiot_post *post);
 
 /* ---- the loop state ----------------------------------------------------------------------------------------- */
@@ -107,6 +111,7 @@ struct AiotLoop {
     PyObject *get_loop;             /* callable that returns loop, for waiters */
     PyObject *done_future;          /* a finished asyncio.Future: what a task's wake-up takes for "go on" */
     PyObject *weakrefs;
+    PyObject *table_key;            /* of a loop that takes no attribute: its key in the module's table */
     unsigned long thread;           /* where aiot_loop_get_running last found it */
     /* wake-ups: waiters linked by their next field */
     AiotWaiter *ready_first, *ready_last;
@@ -189,6 +194,10 @@ int aiot_loop_call_soon(AiotLoop *loop, PyObject *callback, PyObject *arg, PyObj
 /* Hands the pending exception to loop.call_exception_handler({message, exception, key: value}) (key may be NULL).
  * Leaves no exception set, unless it was SystemExit or KeyboardInterrupt: those stay set, and -1 is returned. */
 int aiot_loop_report(AiotLoop *loop, const char *message, PyObject *key, PyObject *value);
+
+/* Of a pending exception that call_soon and its kin raised: is the loop closed? Else it lives, and something is wrong that may
+ * pass: no memory, no stack left. */
+bool aiot_loop_error_is_closed(void);
 
 /* PyErr_WriteUnraisable, but for KeyboardInterrupt: that is raised again at the next opportunity, not lost. */
 void aiot_write_unraisable(PyObject *where);

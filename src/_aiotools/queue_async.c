@@ -44,20 +44,23 @@ op_wake_here(QueueOp *self)
     }
     if (aiot_waiter_wake(waiter) < 0) {
         aiot_q_unwake(self->core, &self->entry);
-        PyErr_WriteUnraisable((PyObject *)self);
+        aiot_write_unraisable((PyObject *)self);
     }
     Py_DECREF(waiter);
 }
 
 static void
-op_posted(AiotLoop *Py_UNUSED(loop), PyObject *owner, bool delivered)
+op_posted(AiotLoop *Py_UNUSED(loop), PyObject *owner, aiot_post_outcome outcome)
 {
     QueueOp *self = (QueueOp *)owner;
-    if (delivered) {
+    if (outcome == AIOT_POST_DELIVERED) {
         op_wake_here(self);
     }
-    else {
+    else if (outcome == AIOT_POST_CLOSED) {
         aiot_q_rehome(self->core, &self->entry);
+    }
+    else {
+        aiot_q_unwake(self->core, &self->entry);
     }
 }
 
@@ -261,6 +264,7 @@ QueueOp_dealloc(PyObject *op)
         return;
     }
     PyObject_GC_UnTrack(op);
+    AIOT_TRASHCAN_BEGIN(op, QueueOp_dealloc)
     assert(self->entry.place != AIOT_Q_WAITING);
     QueueOp_clear(op);
     Py_CLEAR(self->loop);
@@ -270,6 +274,7 @@ QueueOp_dealloc(PyObject *op)
     Py_CLEAR(self->core);
     aiot_free_list_free(state, &state->free_queue_ops, op);
     Py_DECREF(module);
+    AIOT_TRASHCAN_END
 }
 
 static PyMemberDef QueueOp_members[] = {

@@ -9,7 +9,7 @@
  *             The order numbers in a line rise from its head.
  * Locking:    `lock` guards all fields; with the GIL it is the GIL. Nothing under it runs Python code, allocates
  *             or drops a reference. What runs hooks holds the guard (queue_hooks.c) first, then takes `lock` for moments.
- *             Threads are woken under the lock, since their entries live on their stacks; awaitables after it.
+ *             Threads are woken under the lock, since they free their entries after; awaitables after it.
  * Re-entry:   waking awaitables runs code of loops, dropping items runs finalizers: both after the locks are free.
  * Fork:       the first use in a child forgets the lines, whose threads and loops the child does not have, without
  *             looking into them: their memory may be in use for something else.
@@ -533,7 +533,7 @@ get_many(QueueCore *core, Py_ssize_t max, aiot_q_manner manner, aiot_q_entry *en
     } while (taken < n && (outcome = get_one(core, manner, NULL, false, &item)) == AIOT_Q_DONE);
     if (outcome == AIOT_Q_ERROR) {
         /* The items are out of the queue: hand them over. A hook that goes on failing is heard at the next call. */
-        PyErr_WriteUnraisable((PyObject *)core);
+        aiot_write_unraisable((PyObject *)core);
     }
     if (taken < n) {
         Py_SET_SIZE(list, taken);
@@ -887,6 +887,8 @@ QueueCore_dealloc(PyObject *op)
     QueueCore *self = (QueueCore *)op;
     PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
+    /* A queue in a queue in a queue ... */
+    AIOT_TRASHCAN_BEGIN(op, QueueCore_dealloc)
     QueueCore_clear(op);
     if (self->guard != NULL && !self->lost_in_fork) {
         PyThread_free_lock(self->guard);
@@ -895,6 +897,7 @@ QueueCore_dealloc(PyObject *op)
     type->tp_free(op);
     Py_DECREF(type);
     Py_XDECREF(module);
+    AIOT_TRASHCAN_END
 }
 
 static PyType_Slot QueueCore_slots[] = {

@@ -27,7 +27,7 @@ typedef enum {
     AIOT_Q_TICKET,          /* woken, has not come back yet */
 } aiot_q_place;
 
-/* One who waits: part of an awaitable, or of a blocked thread's stack. All fields but the constant ones belong to the lock
+/* One who waits: part of an awaitable, or made for a blocked thread. All fields but the constant ones belong to the lock
  * of the core. While WAITING, the line owns a reference to owner. */
 typedef struct aiot_q_entry {
     aiot_link link;
@@ -87,6 +87,7 @@ typedef struct {
     PyObject *hooks;                /* the Queue, if its class overrides any */
     PyObject **heap;
     size_t heap_len, heap_room;     /* changed with both locks held */
+    bool comparing;                 /* an operation of the heap is under way: no other one may come */
 } QueueCore;
 
 /* Those that got a ticket while the lock was held, to be woken after. Threads are woken at once and are not in it. */

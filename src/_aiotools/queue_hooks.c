@@ -5,7 +5,8 @@
  *             others read are changed under the core's lock, for a few instructions.
  * Errors:     a hook or a comparison that raises leaves the heap as it was: where an item goes is found out before
  *             anything is moved.
- * Re-entry:   the heap keeps its items while they are compared, and only the guard's owner changes it.
+ * Re-entry:   the heap keeps its items while they are compared, and only the guard's owner changes it; a comparison that
+ *             calls the default hooks itself gets a RuntimeError.
  */
 
 #include "queue_core.h"
@@ -67,6 +68,17 @@ aiot_q_guard_exit(QueueCore *core)
 /* ---- the heap ------------------------------------------------------------------------------------------------ */
 
 static int
+heap_enter(QueueCore *core)
+{
+    if (core->comparing) {
+        PyErr_SetString(PyExc_RuntimeError, "the queue is being used from one of its own comparisons");
+        return -1;
+    }
+    core->comparing = true;
+    return 0;
+}
+
+static int
 is_less(PyObject *a, PyObject *b)
 {
     Py_INCREF(a);
@@ -103,7 +115,7 @@ heap_reserve(QueueCore *core)
 
 /* Compares as heapq.heappush() does. */
 static int
-heap_put(QueueCore *core, PyObject *item)
+heap_put_entered(QueueCore *core, PyObject *item)
 {
     if (heap_reserve(core) < 0) {
         return -1;
@@ -130,9 +142,20 @@ heap_put(QueueCore *core, PyObject *item)
     return 0;
 }
 
+static int
+heap_put(QueueCore *core, PyObject *item)
+{
+    if (heap_enter(core) < 0) {
+        return -1;
+    }
+    int failed = heap_put_entered(core, item);
+    core->comparing = false;
+    return failed;
+}
+
 /* Compares as heapq.heappop() does: down to a leaf, then up again with the last item. */
 static PyObject *
-heap_get(QueueCore *core)
+heap_get_entered(QueueCore *core)
 {
     size_t path[sizeof(size_t) * 8];        /* the places whose items move up by one */
     size_t depth = 0;
@@ -170,6 +193,17 @@ heap_get(QueueCore *core)
     heap[hole] = heap[end];
     core->heap_len = end;
     aiot_q_unlock(core);
+    return item;
+}
+
+static PyObject *
+heap_get(QueueCore *core)
+{
+    if (heap_enter(core) < 0) {
+        return NULL;
+    }
+    PyObject *item = heap_get_entered(core);
+    core->comparing = false;
     return item;
 }
 

@@ -1,8 +1,10 @@
 /* queue_sync.c: the side of a queue for threads. Waiting blocks the thread, with the GIL released.
  *
- * A blocked thread has its entry, and the lock that it sleeps on, on its stack. Who gives it a ticket releases that
- * lock while holding the core's, so once the thread has looked at its entry under the core's lock nobody touches
- * either of them any more.
+ * Who gives a blocked thread a ticket releases the lock that the thread sleeps on while holding the core's, so once the
+ * thread has looked at its entry under the core's lock nobody touches either of them any more.
+ *
+ * The entry is not on the thread's stack: up to 3.13 a daemon thread that wakes up while the interpreter goes down ends
+ * there and then, with its stack, but its entry stays in the line.
  */
 
 #include "queue_core.h"
@@ -109,15 +111,20 @@ wait_for_it(QueueCore *core, aiot_q_request *request, const patience *p)
         PyErr_NoMemory();
         return AIOT_Q_ERROR;
     }
+    aiot_q_entry *entry = PyMem_RawMalloc(sizeof(*entry));
+    if (entry == NULL) {
+        PyThread_free_lock(lock);
+        PyErr_NoMemory();
+        return AIOT_Q_ERROR;
+    }
     PyThread_acquire_lock(lock, NOWAIT_LOCK);
-    aiot_q_entry entry;
-    aiot_q_entry_init(&entry, aiot_q_side_of(request), NULL, lock);
+    aiot_q_entry_init(entry, aiot_q_side_of(request), NULL, lock);
     aiot_q_outcome outcome;
-    while ((outcome = aiot_q_try(core, request, AIOT_Q_BLOCK, &entry, true)) == AIOT_Q_LINKED) {
-        int woken = sleep_on(core->state, lock, p, entry.forks);
+    while ((outcome = aiot_q_try(core, request, AIOT_Q_BLOCK, entry, true)) == AIOT_Q_LINKED) {
+        int woken = sleep_on(core->state, lock, p, entry->forks);
         if (woken == 0) {
             /* A ticket that came with the last moment is good. */
-            outcome = aiot_q_try(core, request, AIOT_Q_BLOCK, &entry, false);
+            outcome = aiot_q_try(core, request, AIOT_Q_BLOCK, entry, false);
             break;
         }
         if (woken < 0) {
@@ -127,10 +134,11 @@ wait_for_it(QueueCore *core, aiot_q_request *request, const patience *p)
     }
     if (outcome == AIOT_Q_ERROR) {
         PyObject *exc = PyErr_GetRaisedException();
-        aiot_q_leave(core, &entry);
+        aiot_q_leave(core, entry);
         PyErr_SetRaisedException(exc);
     }
-    assert(entry.place == AIOT_Q_OUT);
+    assert(entry->place == AIOT_Q_OUT);
+    PyMem_RawFree(entry);
     PyThread_free_lock(lock);
     return outcome;
 }

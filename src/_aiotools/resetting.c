@@ -260,12 +260,14 @@ Resetting_dealloc(PyObject *op)
 {
     PyTypeObject *type = Py_TYPE(op);
     PyObject_GC_UnTrack(op);
+    AIOT_TRASHCAN_BEGIN(op, Resetting_dealloc)
     if (((ResettingObject *)op)->weakrefs != NULL) {
         PyObject_ClearWeakRefs(op);
     }
     Resetting_clear(op);
     type->tp_free(op);
     Py_DECREF(type);
+    AIOT_TRASHCAN_END
 }
 
 static PyMethodDef Resetting_methods[] = {

@@ -255,11 +255,13 @@ Sleep_dealloc(PyObject *op)
         return;
     }
     PyObject_GC_UnTrack(op);
+    AIOT_TRASHCAN_BEGIN(op, Sleep_dealloc)
     assert(!aiot_alarm_is_set(&self->alarm));
     Sleep_clear(op);
     Py_CLEAR(self->loop);
     aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
     aiot_free_list_free(state, state == NULL ? NULL : &state->free_sleeps, op);
+    AIOT_TRASHCAN_END
 }
 
 static PyType_Slot Sleep_slots[] = {

@@ -60,6 +60,10 @@ ready_pop_lock_held(AiotLoop *loop, uint64_t limit, wakeup *out)
     if (self == NULL || loop->ready_popped >= limit) {
         return 0;
     }
+    if (self->callback == NULL && self->more == NULL) {
+        /* The collector takes it apart, and the loop as well. */
+        return 0;
+    }
     loop->ready_popped++;
     if (self->callback != NULL) {
         out->callback = self->callback;
@@ -239,8 +243,12 @@ ensure_drain_lock_held(AiotLoop *loop)
         return -1;
     }
     int debug = aiot_loop_is_debug(loop);
-    if (debug != 0) {
-        return debug < 0 ? -1 : 0;
+    if (debug < 0) {
+        return -1;
+    }
+    /* What is ready already could not be told the loop, see complete_without_loop(); or debug mode was turned on since. */
+    if (debug && loop->ready_first == NULL) {
+        return 0;
     }
     return loop->drain_armed || aiot_loop_arm_drain(loop) == 0 ? 1 : -1;
 }
@@ -278,21 +286,54 @@ int
 aiot_waiter_wake(AiotWaiter *self)
 {
     int failed;
+    /* Unless a drain is under way the loop is called, and whoever owns us may let go. */
+    bool calls = !self->loop->drain_armed;
+    if (calls) {
+        Py_INCREF(self);
+    }
     Py_BEGIN_CRITICAL_SECTION(self->loop);
     failed = complete_lock_held(self, AIOT_WOKEN);
     Py_END_CRITICAL_SECTION();
+    if (calls) {
+        Py_DECREF(self);
+    }
     return failed;
+}
+
+/* The loop could not be called. */
+static void
+complete_without_loop(AiotWaiter *self)
+{
+    bool closed = aiot_loop_error_is_closed();
+    if (closed) {
+        PyErr_Clear();
+    }
+    else {
+        aiot_write_unraisable((PyObject *)self);
+    }
+    Py_BEGIN_CRITICAL_SECTION(self->loop);
+    if (self->status == AIOT_PENDING) {
+        self->status = AIOT_WOKEN;
+        if (closed || self->callback == NULL) {
+            drop_callbacks(self);
+        }
+        else {
+            /* No memory, no stack left: that passes, and then the next wake-up arms a drain. */
+            ready_append_lock_held(self->loop, self);
+        }
+    }
+    Py_END_CRITICAL_SECTION();
 }
 
 void
 aiot_waiter_wake_quietly(AiotWaiter *self)
 {
     PyObject *pending = PyErr_GetRaisedException();
+    Py_INCREF(self);
     if (aiot_waiter_wake(self) < 0) {
-        PyErr_Clear();
-        self->status = AIOT_WOKEN;
-        drop_callbacks(self);
+        complete_without_loop(self);
     }
+    Py_DECREF(self);
     if (pending != NULL) {
         PyErr_SetRaisedException(pending);
     }
@@ -428,6 +469,42 @@ PyDoc_STRVAR(remove_done_callback_doc,
 "remove_done_callback($self, fn, /)\n--\n\n"
 "Forget every pending callback equal to fn; return how many there were.");
 
+/* A new list of (callback, context). There is at least one. */
+static PyObject *
+callbacks_of(AiotWaiter *self)
+{
+    PyObject *callback = Py_NewRef(self->callback);
+    PyObject *context = Py_NewRef(self->context);
+    PyObject *more = Py_XNewRef(self->more);
+    PyObject *all = PyList_New(0);
+    PyObject *pair = PyTuple_Pack(2, callback, context);
+    if (all == NULL || pair == NULL || PyList_Append(all, pair) < 0
+        || (more != NULL && PyList_SetSlice(all, 1, 1, more) < 0))
+    {
+        Py_CLEAR(all);
+    }
+    Py_DECREF(callback);
+    Py_DECREF(context);
+    Py_XDECREF(more);
+    Py_XDECREF(pair);
+    return all;
+}
+
+/* The first pair is made anew each time, so the same ones are told by what is in them. */
+static bool
+has_callback(PyObject *pairs, PyObject *pair)
+{
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(pairs); i++) {
+        PyObject *other = PyList_GET_ITEM(pairs, i);
+        if (PyTuple_GET_ITEM(other, 0) == PyTuple_GET_ITEM(pair, 0)
+            && PyTuple_GET_ITEM(other, 1) == PyTuple_GET_ITEM(pair, 1))
+        {
+            return true;
+        }
+    }
+    return false;
+}
+
 static PyObject *
 Waiter_remove_done_callback(PyObject *op, PyObject *fn)
 {
@@ -435,30 +512,32 @@ Waiter_remove_done_callback(PyObject *op, PyObject *fn)
     if (self->status != AIOT_PENDING || self->callback == NULL) {
         return PyLong_FromLong(0);
     }
-    /* Comparing runs foreign code: look at a copy, then take what is still there. */
-    PyObject *all = PyList_New(0);
-    PyObject *pair = PyTuple_Pack(2, self->callback, self->context);
-    PyObject *more = Py_XNewRef(self->more);
-    PyObject *kept = PyList_New(0);
-    PyObject *answer = NULL;
-    if (all == NULL || pair == NULL || kept == NULL || PyList_Append(all, pair) < 0
-        || (more != NULL && PyList_SetSlice(all, 1, 1, more) < 0))
-    {
+    /* Comparing runs foreign code: look at a copy, then see what is still there. */
+    PyObject *all = callbacks_of(self);
+    PyObject *found = PyList_New(0);
+    PyObject *now = NULL, *answer = NULL;
+    if (all == NULL || found == NULL) {
         goto done;
     }
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all); i++) {
         PyObject *item = PyList_GET_ITEM(all, i);
         int same = PyObject_RichCompareBool(PyTuple_GET_ITEM(item, 0), fn, Py_EQ);
-        if (same < 0 || (!same && PyList_Append(kept, item) < 0)) {
+        if (same < 0 || (same && PyList_Append(found, item) < 0)) {
             goto done;
         }
     }
-    Py_ssize_t removed = PyList_GET_SIZE(all) - PyList_GET_SIZE(kept);
-    if (self->status == AIOT_PENDING && removed > 0) {
+    Py_ssize_t removed = 0;
+    if (PyList_GET_SIZE(found) > 0 && self->status == AIOT_PENDING && self->callback != NULL) {
+        if ((now = callbacks_of(self)) == NULL) {
+            goto done;
+        }
         drop_callbacks(self);
-        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(kept); i++) {
-            PyObject *item = PyList_GET_ITEM(kept, i);
-            if (add_done_callback_lock_held(self, PyTuple_GET_ITEM(item, 0), PyTuple_GET_ITEM(item, 1)) < 0) {
+        for (Py_ssize_t i = 0; i < PyList_GET_SIZE(now); i++) {
+            PyObject *item = PyList_GET_ITEM(now, i);
+            if (has_callback(found, item)) {
+                removed++;
+            }
+            else if (add_done_callback_lock_held(self, PyTuple_GET_ITEM(item, 0), PyTuple_GET_ITEM(item, 1)) < 0) {
                 goto done;
             }
         }
@@ -466,9 +545,8 @@ Waiter_remove_done_callback(PyObject *op, PyObject *fn)
     answer = PyLong_FromSsize_t(removed);
 done:
     Py_XDECREF(all);
-    Py_XDECREF(pair);
-    Py_XDECREF(more);
-    Py_XDECREF(kept);
+    Py_XDECREF(found);
+    Py_XDECREF(now);
     return answer;
 }
 
