@@ -277,13 +277,13 @@ flight_cancel_lock_held(FlightObject *self)
 }
 
 static void
-flight_run_stop(AiotLoop *Py_UNUSED(loop), PyObject *owner, bool delivered)
+flight_run_stop(AiotLoop *Py_UNUSED(loop), PyObject *owner, aiot_post_outcome outcome)
 {
     FlightObject *self = (FlightObject *)owner;
     PyObject *pending = PyErr_GetRaisedException();
     Py_BEGIN_CRITICAL_SECTION(self->entry->cache);
     self->stopping = false;
-    if (delivered) {
+    if (outcome == AIOT_POST_DELIVERED) {
         flight_cancel_lock_held(self);
     }
     else {
@@ -1108,7 +1108,7 @@ static PyType_Spec Close_spec = {
 };
 
 static void
-close_run_post(AiotLoop *Py_UNUSED(loop), PyObject *owner, bool Py_UNUSED(delivered))
+close_run_post(AiotLoop *Py_UNUSED(loop), PyObject *owner, aiot_post_outcome Py_UNUSED(outcome))
 {
     CloseObject *self = (CloseObject *)owner;
     Py_BEGIN_CRITICAL_SECTION(self->cache);
