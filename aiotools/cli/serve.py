@@ -18,21 +18,40 @@ from typing import Any
 __all__ = ("add_parsers", "run_control", "run_serve")
 
 
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+
+
 def _seconds(text: str) -> float | None:
     """Seconds, or "none" for no limit."""
-    return None if text == "none" else float(text)
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number of seconds, or none for no limit, not {text!r}") from None
 
 
 def _size(text: str) -> int:
     """A number of bytes, also as 512M or 2G."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    if text and text[-1].upper() in units:
-        return int(float(text[:-1]) * units[text[-1].upper()])
-    return int(text)
+    number, unit = (text[:-1], text[-1].upper()) if text and text[-1].upper() in _UNITS else (text, "")
+    try:
+        return int(float(number) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"a number of bytes such as 512M or 2G, not {text!r}") from None
 
 
 def _mode(text: str) -> int:
-    return int(text, 8)
+    try:
+        return int(text, 8)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"octal digits such as 660, not {text!r}") from None
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, []):
+            return action.help
+        return super()._get_help_string(action)
 
 
 def add_parsers(commands: Any) -> None:
@@ -41,7 +60,7 @@ def add_parsers(commands: Any) -> None:
         help="run a service with several workers",
         description="Run a service with several workers, restarted when they fail and replaced on SIGHUP "
         "without losing a request.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     add = serve.add_argument
     add("target", help="package.module:worker, or asgi:package.module:app")
@@ -106,6 +125,9 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
     set_up_logging(arguments.log_level)
     directory = os.path.abspath(arguments.app_dir)
+    if not os.path.isdir(directory):
+        print(f"aiotools serve: --app-dir: no directory {arguments.app_dir!r}", file=sys.stderr)
+        return 2
     if directory not in sys.path:
         sys.path.insert(0, directory)
     target: Any = arguments.target
@@ -114,6 +136,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
             from ..server.asgi import asgi_worker
 
             parse_target(target.removeprefix("asgi:"))
+            if not arguments.bind:
+                raise ValueError("an ASGI application needs an address: --bind tcp://127.0.0.1:8000")
             target = asgi_worker(target.removeprefix("asgi:"))
         else:
             parse_target(target)
@@ -149,7 +173,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
     except (ValueError, TypeError, NotImplementedError) as exc:
         print(f"aiotools serve: {exc}", file=sys.stderr)
         return 2
-    except (OSError, RuntimeError) as exc:
+    except OSError as exc:
+        what = exc.strerror if exc.strerror and exc.filename is None else exc
+        print(f"aiotools serve: {what}", file=sys.stderr)
+        return 1
+    except RuntimeError as exc:
         print(f"aiotools serve: {exc}", file=sys.stderr)
         return 1
     return 0

@@ -461,7 +461,16 @@ def _unblock(worker: Worker) -> None:
 
 async def _live_context(worker: Worker, target: Any, is_process: bool) -> None:
     spec = worker._spec
+    if not callable(target):
+        raise TypeError(f"a worker must be callable (a function under @aiotools.server_context), not {target!r}")
     context = target(worker.loop, spec.index, spec.args)
+    if not hasattr(type(context), "__aenter__"):
+        if inspect.iscoroutine(context):
+            context.close()
+        raise TypeError(
+            f"a worker must return an asynchronous context manager, not {type(context).__name__!r}: "
+            "is @aiotools.server_context missing?"
+        )
     if is_process:
         _unblock(worker)
     async with context:
