@@ -549,7 +549,10 @@ async def afork(child_func: Callable[[], int], *, mp_context: MPContext | None =
     :param mp_context: the multiprocessing context; default: ``multiprocessing.get_context()``.
     :returns: the child, an :class:`AbstractChildProcess`.
     :raises ChildProcessError: the child ended before it was up; the exit code is in the message and its ``exitcode``.
+    :raises NotImplementedError: on Windows.
 
     A call that is cancelled kills the child and waits for its end first.
     """
+    if sys.platform == "win32":
+        raise NotImplementedError("afork() does not run on Windows: it needs the signals of POSIX systems")
     return await start_child(child_func, mp_context=mp_context)

@@ -98,10 +98,12 @@ def start_server(
     :returns: None, or a :class:`ServerReport` if *report* is true.
     :raises RuntimeError: not in the main thread, or a loop is running in it.
     :raises AssertionError: no stop signal.
-    :raises NotImplementedError: start method ``fork`` on Python 3.14 or later.
+    :raises NotImplementedError: start method ``fork`` on Python 3.14 or later; any server on Windows.
     :raises ChildProcessError: a child ended before it was up (and is not to be restarted).
     :raises ServerFailed: the server gave up restarting a worker.
     """
+    if sys.platform == "win32":
+        raise NotImplementedError("start_server() does not run on Windows: it needs the signals of POSIX systems")
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("start_server() must be called in the main thread")
     if asyncio._get_running_loop() is not None:
