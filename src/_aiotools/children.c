@@ -330,6 +330,7 @@ node_add(AiotChildren *self, PyObject *task, Py_ssize_t index)
     }
     child->parent = (AiotChildren *)Py_NewRef((PyObject *)self);
     child->task = Py_NewRef(task);
+    aiot_link_init(&child->link);
     aiot_link_append(&self->children, &child->link);
     Py_INCREF(child);
     self->n_children++;
