@@ -1,6 +1,8 @@
 """What runs in the children of the servers under test.  Imports little: every child imports it."""
 
 import asyncio
+import collections
+import itertools
 import json
 import os
 import signal
@@ -86,6 +88,18 @@ async def never_stops(loop, index, args):
             await asyncio.sleep(0.01)
 
 
+def hold_the_gil():
+    """For ever, in native code that no signal interrupts."""
+    collections.deque(itertools.repeat(None), maxlen=0)
+
+
+@server_context
+async def holds_the_gil(loop, index, args):
+    args[0].send(("enter", index))
+    loop.call_soon(hold_the_gil)
+    yield
+
+
 @server_context
 async def fails(loop, index, args):
     """(wire, index of the one that fails, where, exception)."""
@@ -169,6 +183,11 @@ def extra_reporting(loop, index, args):
     wire = args[0]
     wire.send(("extra", index, loop, process_index.get(), args[1:]))
     nap()
+
+
+def extra_holding(loop, index, args):
+    args[0].send(("extra", index))
+    hold_the_gil()
 
 
 def extra_catching(loop, index, args):
@@ -352,6 +371,18 @@ async def fd_echo(loop, index, args):
 
 
 @server_context
+async def clock_jumps(loop, index, args):
+    """The system's clock of this process jumps at each look."""
+    wire = args[0]
+    me = current_worker()
+    if me.kind == "process":
+        time.time = itertools.cycle([2e9, 0.0, 5e9, 1e9]).__next__
+    wire.send(("enter", index, me.generation))
+    yield
+    wire.send(("leave", index, me.generation))
+
+
+@server_context
 async def hangs(loop, index, args):
     """(wire, where, go): its loop stands, at first in generation 1 of index 0 only, until *go* is readable."""
     wire, where, go = args
@@ -420,6 +451,24 @@ async def eats_memory(loop, index, args):
         while True:
             eaten.append(bytearray(2**22))
     yield
+
+
+@server_context
+async def leaks_descriptors(loop, index, args):
+    """Takes all descriptors that it may have, once it is ready."""
+    import resource
+
+    wire = args[0]
+    limit = len(os.listdir("/proc/self/fd")) + 50
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    kept = []
+    try:
+        while True:
+            kept.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as exc:
+        wire.send(("enter", index, exc.errno))
+    received = yield
+    wire.send(("leave", index, received))
 
 
 def extra_with_pid(loop, index, args):

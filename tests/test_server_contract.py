@@ -28,7 +28,7 @@ from aiotools.server import (
     start_server,
 )
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture(params=SETUPS, ids=lambda p: "-".join(p))
@@ -546,21 +546,24 @@ def main():
 if __name__ == "__main__":
     import multiprocessing.connection
     start_server(getattr(workers, sys.argv[3]), main, num_workers=2,
-        extra_procs=[workers.extra_reporting],
+        extra_procs=[getattr(workers, sys.argv[4])],
         mp_context=multiprocessing.get_context(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("worker", ["reporting", "never_stops"])
+@pytest.mark.parametrize(
+    "worker, extra",
+    [("reporting", "extra_reporting"), ("never_stops", "extra_reporting"), ("holds_the_gil", "extra_holding")],
+)
 @pytest.mark.parametrize("method", START_METHODS)
-def test_nothing_outlives_a_killed_parent(method, worker, tmp_path):
+def test_nothing_outlives_a_killed_parent(method, worker, extra, tmp_path):
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
     reader, writer = multiprocessing.Pipe(duplex=False)
     here = os.path.dirname(__file__)
     path = os.pathsep.join([here, os.path.dirname(here), *[p for p in sys.path if p]])
     with subprocess.Popen(
-        [sys.executable, script, method, path, worker],
+        [sys.executable, script, method, path, worker, extra],
         stdout=writer.fileno(),
         stderr=subprocess.DEVNULL,
         start_new_session=True,

@@ -32,9 +32,9 @@ Messages from the parent
 
 Orphans
     In a process SIGIO says that the parent is gone (see fork.py).  Until the loop runs, its default
-    action ends the process; later it is a stop like any other with a short budget, after which the
-    kernel's interval timer ends the process even when the loop hangs.  In a thread the end of file
-    on the channel says so.
+    action ends the process; later it is a stop like any other with a short budget, after which a timer
+    of the kernel ends the process, whatever holds the GIL (orphan.c).  In a thread the end of file on
+    the channel says so.
 
 Evidence
     Managed processes register :mod:`faulthandler` for :data:`DUMP_SIGNAL`, writing to a pipe that the
@@ -59,6 +59,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
+
+try:
+    from .._aiotools import _end_after_signal
+except ImportError:  # Windows has no such signal
+    pass
 
 from .channel import Channel
 from .contexts import is_server_context
@@ -325,10 +330,7 @@ class Worker:
             task.cancel("the drain budget of the worker is over")
 
     def _orphaned(self, signum: int, frame: Any) -> None:
-        # Runs in the main thread between two bytecodes.  The timer's default action needs neither.
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-        signal.setitimer(signal.ITIMER_REAL, ORPHAN_GRACE)
+        # Runs in the main thread between two bytecodes; the deadline that has been set by now needs neither.
         if self.loop is not None and not self.loop.is_closed():
             stop = functools.partial(self.stop, default_stop_signal(self._spec.stop_signals), "the parent is gone")
             self.loop.call_soon_threadsafe(stop)
@@ -424,7 +426,7 @@ async def _run_worker(worker: Worker, target: Any) -> None:
         for signum in spec.stop_signals:
             loop.add_signal_handler(signum, worker.stop, signum)
         if hasattr(signal, "SIGIO") and signal.SIGIO not in spec.stop_signals:
-            signal.signal(signal.SIGIO, worker._orphaned)
+            _mind_the_parent(worker._orphaned)
 
     def parent_gone() -> None:
         if not is_process:
@@ -453,6 +455,12 @@ async def _run_worker(worker: Worker, target: Any) -> None:
         if is_process:
             # The loop takes its handlers along when it is closed; a late signal would then kill.
             signal.pthread_sigmask(signal.SIG_BLOCK, spec.stop_signals)
+
+
+def _mind_the_parent(handler: Callable[[int, Any], None]) -> None:
+    """Have *handler* called when the parent is gone, and this process ended soon after."""
+    signal.signal(signal.SIGIO, handler)
+    _end_after_signal(signal.SIGIO, ORPHAN_GRACE)
 
 
 def _unblock(worker: Worker) -> None:
@@ -539,7 +547,7 @@ def _run_extra(worker: Worker, target: Any) -> None:
             for signum in spec.stop_signals:
                 signal.signal(signum, interrupt)
             if hasattr(signal, "SIGIO") and signal.SIGIO not in spec.stop_signals:
-                signal.signal(signal.SIGIO, orphaned)
+                _mind_the_parent(orphaned)
             worker.ready = True
             worker.channel.send("ready")
             _unblock(worker)

@@ -12,6 +12,7 @@
 #include "freelist.h"
 #include "loopstate.h"
 #include "lrucache.h"
+#include "orphan.h"
 #include "page.h"
 #include "queue.h"
 #include "resetting.h"
@@ -119,6 +120,7 @@ module_exec(PyObject *module)
         || aiot_ctxgroup_add_types(module) < 0
         || aiot_resetting_add_types(module) < 0
         || aiot_closing_add_types(module) < 0
+        || aiot_orphan_add_functions(module) < 0
         || aiot_page_add_functions(module) < 0
         || aiot_watchdog_add_types(module) < 0
         || aiot_shield_add_types(module) < 0

@@ -44,6 +44,8 @@
 
 /* Nanoseconds in which the GIL must be had; after that native code is said to hold it. */
 #define GIL_PATIENCE 1000000000LL
+/* And so many looks of the watcher: a starved process must not be taken for one whose GIL is held. */
+#define GIL_LOOKS 40
 /* Nanoseconds that a report may take once it has the GIL. */
 #define REPORT_PATIENCE 3000000000LL
 
@@ -82,6 +84,7 @@ typedef struct {
     uint64_t seen;                          /* the beat that all below is about */
     bool where_asked, hang_asked, hang_done;
     int64_t asked_at;                       /* when the scribe that is under way was asked */
+    int looks;                              /* since the hang was noticed */
     int64_t looked_at;
     int64_t grace_from;
 } watch;
@@ -330,16 +333,18 @@ watch_look(watch *w, int64_t expected)
     }
     if (!w->hang_asked) {
         w->hang_asked = true;
+        w->looks = 0;
         aiot_word_store(&w->words[WORD_HANG], (uint64_t)now);
         scribing = ask_scribe(w, ASK_HANG, age, now);
         return 2000000;
     }
     int64_t waited = now - w->asked_at;
+    w->looks++;
     if (hang_written || (attached && waited > REPORT_PATIENCE)) {
         w->hang_done = true;
         aiot_word_store(&w->words[WORD_EVIDENCE], EVIDENCE_WHOLE);
     }
-    else if (!attached && (!scribing || waited > GIL_PATIENCE)) {
+    else if (!attached && (!scribing || (waited > GIL_PATIENCE && w->looks > GIL_LOOKS))) {
         w->hang_done = true;
         PyThread_acquire_lock(w->mutex, WAIT_LOCK);
         w->asked &= ~ASK_HANG;          /* what it finds out later would no longer be what hangs */

@@ -1,4 +1,6 @@
-"""LoopWatchdog, and records in shared memory."""
+"""LoopWatchdog, records in shared memory, and the deadline of orphans."""
+
+import signal
 
 import aiotools
 from aiotools import _aiotools
@@ -38,6 +40,18 @@ def bad_parameters():
         _aiotools._Watchdog(print, 1, 1, 0, -1, 0, bytearray(47))
     except ValueError:
         pass
+
+
+@operation("_end_after_signal")
+def deadlines():
+    saved = signal.signal(signal.SIGURG, lambda signum, frame: None)
+    _aiotools._end_after_signal(signal.SIGURG, 3600)
+    signal.signal(signal.SIGURG, saved)
+    for bad in [(0, 1), (signal.SIGURG, 0), (signal.SIGURG, float("nan")), (signal.SIGURG, "1")]:
+        try:
+            _aiotools._end_after_signal(*bad)
+        except (OSError, TypeError, ValueError):
+            pass
 
 
 @operation("_word_swap")
