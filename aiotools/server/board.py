@@ -156,16 +156,18 @@ class Board:
     def __init__(self, fd: int | None = None) -> None:
         size = _LEASES + CAPACITY * _SLOT
         own = _unnamed_file(size) if fd is None else None
+        memory = own if fd is None else fd
+        assert memory is not None
         try:
-            self._map: Any = mmap.mmap(fd if own is None else own, size)
+            self._map: Any = mmap.mmap(memory, size)
         except BaseException:
             if own is not None:
                 os.close(own)
             raise
         # A connection travels with multiprocessing, under every start method.
         self.connection = Connection(own, writable=False) if own is not None else None
-        self._view = memoryview(self._map)
-        self.leases = self._view[:_LEASES].cast("Q")
+        self._view: Any = memoryview(self._map)
+        self.leases: Any = self._view[:_LEASES].cast("Q")
 
     def slot(self, number: int) -> Slot:
         """Slot *number*; to be released before the board is closed."""

@@ -90,7 +90,8 @@ class Lease:
         owner, end = word >> _END_BITS, word & _END_MASK
         if owner not in (0, leases._owner) and now < end:
             return False
-        return _word_swap(leases._words, self._place, word, leases._owner << _END_BITS | now + self._length & _END_MASK)
+        mine = leases._owner << _END_BITS | now + self._length & _END_MASK
+        return bool(_word_swap(leases._words, self._place, word, mine))
 
     def held(self) -> bool:
         """Whether it is this worker's, and has not run out."""
@@ -100,7 +101,7 @@ class Lease:
         if leases._words is None:
             return False
         word = leases._words[self._place]
-        return word >> _END_BITS == leases._owner and _now() < word & _END_MASK
+        return bool(word >> _END_BITS == leases._owner and _now() < word & _END_MASK)
 
     def release(self) -> None:
         """Give it back, if it is this worker's."""

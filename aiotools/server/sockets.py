@@ -144,9 +144,10 @@ class ListenSockets:
         elif kind == "unix":
             self._open_unix(where, offered)
         else:
-            self._open_tcp(spec, *where, offered)
+            host, port = where
+            self._open_tcp(host, port, offered)
 
-    def _open_tcp(self, spec: str, host: str, port: int, offered: list[socket.socket]) -> None:
+    def _open_tcp(self, host: str, port: int, offered: list[socket.socket]) -> None:
         infos = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, _, proto, _, address in dict.fromkeys(infos):
             ready = next((s for s in offered if s.family == family and s.getsockname() == address), None)
