@@ -378,7 +378,8 @@ def _arm_guard(guard: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _print_exception() -> None:
+def print_exception() -> None:
+    """Print the current exception's traceback; nobody may read it any more."""
     try:
         traceback.print_exc()
     except (OSError, ValueError, AttributeError):
@@ -414,12 +415,12 @@ def _child_main(child_func: Callable[[], int], ready: Any, guard: Any, block: tu
             code = 254
         except BaseException:
             code = 1
-            _print_exception()
+            print_exception()
         try:
             # As multiprocessing does at the end of its processes: flush its queues, end daemonic children, join others.
-            multiprocessing.util._exit_function()
+            multiprocessing.util._exit_function()  # type: ignore[attr-defined]
         except BaseException:
-            _print_exception()
+            print_exception()
     finally:
         _flush_output()
         os._exit(code)
@@ -448,7 +449,7 @@ async def start_child(
     mp_context: Any = None,
     block: Iterable[int] = (),
     name: str | None = None,
-) -> Any:
+) -> _MPChildProcess:
     """:func:`afork` with what the server needs on top.
 
     :param block: signals that are blocked in the child from its first moment until it unblocks them itself.
@@ -462,7 +463,7 @@ async def start_child(
     keep_from_children(ready_r)
     guard_r, guard_w = ctx.Pipe(duplex=False)
     keep_from_children(guard_w)
-    proc = None
+    proc: Any = None
     try:
         proc = ctx.Process(target=_child_main, args=(child_func, ready_w, guard_r, block), daemon=True, name=name)
         if block:
@@ -482,7 +483,7 @@ async def start_child(
         ready_w.close()
         guard_r.close()
     child: _MPChildProcess
-    pid = proc.pid
+    pid: int = proc.pid
     if _has_pidfd:
         try:
             pidfd = os.pidfd_open(pid, 0)
@@ -529,7 +530,7 @@ async def _wait_ready(loop: asyncio.AbstractEventLoop, child: _MPChildProcess, r
         if not ended.done():
             ended.cancel()
     try:
-        return ready.poll() and ready.recv_bytes() == b"\0"
+        return bool(ready.poll() and ready.recv_bytes() == b"\0")
     except (EOFError, OSError):
         return False
 

@@ -27,7 +27,7 @@ from process_helpers import (
 from aiotools import fork
 from aiotools.fork import AbstractChildProcess, PidfdChildProcess, PosixChildProcess, afork
 
-pytestmark = pytest.mark.usefixtures("nothing_left")
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
 
 
 @pytest.fixture(params=["pidfd", "polling"])

@@ -5,20 +5,27 @@ processes.  What remains is looked at by the nothing_left fixture around each te
 """
 
 import contextlib
+import errno
+import itertools
+import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import server_workers as workers
-from process_helpers import PATIENCE, START_METHODS, nothing_left_fixture, wait_process_gone  # noqa: F401
+from process_helpers import PATIENCE, START_METHODS, children_of, nothing_left_fixture  # noqa: F401
 from server_play import RUNNERS, Play, kill, script
 
-from aiotools.server import start_server
+from aiotools.server import LogConfig, start_server
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
 
+#: Rolling restarts in a row; the promise is of 200.
+RESTARTS = int(os.environ.get("AIOTOOLS_TEST_RESTARTS", "20"))
 LOOPS = [name for name in ("default", "uvloop") if name in RUNNERS]
 KINDS = [*START_METHODS, "thread"]
 
@@ -83,6 +90,35 @@ class TestSignals:
         assert any_kind.count("leave") == any_kind.count("enter")
         assert all(w.code == 0 for w in report.workers)
 
+    @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+    def test_twice_stops_at_once(self, any_kind, signum, caplog):
+        left = script(
+            any_kind,
+            (lambda: any_kind.count("enter") == 1, lambda: kill(signal.SIGTERM)),
+            (lambda: any_kind.count("leaving") == 1, lambda: kill(signum)),
+        )
+        with gate(any_kind) as go:
+            report = any_kind.start(workers.slow_stop, go, drain_timeout=3600)
+        assert left == []
+        assert "stopping at once" in caplog.text
+        assert any_kind.main_received is signal.SIGTERM
+        if any_kind.kind == "thread":
+            assert "given up" in caplog.text
+        else:
+            assert report.workers[0].signal is signal.SIGKILL
+
+
+@contextlib.contextmanager
+def gate(setup):
+    """Threads cannot be killed, they are given up; they end after this block."""
+    reader, writer = setup.ctx.Pipe(duplex=False)
+    with reader, writer:
+        threads = set(threading.enumerate())
+        yield reader
+        writer.send("go")
+        for thread in set(threading.enumerate()) - threads:
+            thread.join(PATIENCE)
+
 
 class TestRaising:
     @pytest.mark.parametrize("where", ["start", "stop"])
@@ -104,48 +140,55 @@ class TestRaising:
 class TestHanging:
     """Evidence first, then the kill, then the successor."""
 
-    @contextlib.contextmanager
-    def gate(self, setup):
-        """Threads cannot be killed, they are given up; they end after this block."""
-        reader, writer = setup.ctx.Pipe(duplex=False)
-        with reader, writer:
-            threads = set(threading.enumerate())
-            yield reader
-            writer.send("go")
-            for thread in set(threading.enumerate()) - threads:
-                thread.join(PATIENCE)
+    def entered_again(self, setup):
+        """Whether the first worker has a successor."""
+        return [m[0] for m in setup.of("enter")].count(0) == 2
 
     def test_in_its_loop(self, any_kind, caplog):
-        left = script(any_kind, (lambda: any_kind.count("enter") == 3, lambda: kill(signal.SIGTERM)))
-        with self.gate(any_kind) as go:
+        left = script(any_kind, (lambda: self.entered_again(any_kind), lambda: kill(signal.SIGTERM)))
+        with gate(any_kind) as go:
             report = any_kind.start(workers.hangs, "loop", go, num_workers=2, hang_timeout=0.3, restart="on-failure")
         assert left == []
-        hung = next(w for w in report.workers if w.reason.startswith("hung"))
-        assert hung.index == 0
+        hung = next(w for w in report.workers if w.index == 0)
+        assert hung.reason.startswith("hung")
         if any_kind.kind != "thread":
             assert hung.signal is signal.SIGKILL
         assert "its loop has not turned" in caplog.text
         assert "in stand_still" in caplog.text
 
     def test_on_start(self, any_kind, caplog):
-        left = script(any_kind, (lambda: any_kind.count("enter") == 3, lambda: kill(signal.SIGTERM)))
-        with self.gate(any_kind) as go:
-            report = any_kind.start(workers.hangs, "start", go, num_workers=2, start_timeout=1, restart="on-failure")
+        def its_time_is_over():
+            any_kind.sup._start_timeout(next(c for c in any_kind.sup.children if c.index == 0))
+
+        left = script(
+            any_kind,
+            (lambda: any_kind.count("enter") == 2, its_time_is_over),
+            (lambda: self.entered_again(any_kind), lambda: kill(signal.SIGTERM)),
+        )
+        with gate(any_kind) as go:
+            report = any_kind.start(
+                workers.hangs,
+                "start",
+                go,
+                num_workers=2,
+                start_timeout=3600,
+                restart="on-failure",
+                plugins=[any_kind.plugin],
+            )
         assert left == []
         assert any("not ready within" in (w.reason or "") for w in report.workers)
         assert "in stand_still" in caplog.text
 
     def test_on_exit(self, any_kind, caplog):
-        any_kind.stop_after("enter", 2)
-        with self.gate(any_kind) as go:
-            report = any_kind.start(workers.hangs, "stop", go, num_workers=2, drain_timeout=0.1, cancel_timeout=0.1)
+        any_kind.stop_after("enter", 1)
+        with gate(any_kind) as go:
+            report = any_kind.start(workers.hangs, "stop", go, drain_timeout=0.1, cancel_timeout=0.1)
         assert "in stand_still" in caplog.text
         ends = {w.index: w for w in report.workers}
         if any_kind.kind == "thread":
             assert "given up" in caplog.text
         else:
             assert ends[0].signal is signal.SIGKILL
-        assert ends[1].code == 0
 
     def test_deaf_to_all_requests(self, processes, caplog):
         processes.stop_after("enter", 1)
@@ -190,30 +233,44 @@ class TestKilled:
 
 
 class TestResources:
-    def test_out_of_memory_is_a_failure_like_any_other(self, quick):
-        left = script(quick, (lambda: quick.count("enter") == 2, lambda: kill(signal.SIGTERM)))
-        report = quick.start(workers.eats_memory, restart="on-failure")
+    def test_out_of_memory_is_a_failure_like_any_other(self, processes):
+        left = script(processes, (lambda: processes.count("enter") == 2, lambda: kill(signal.SIGTERM)))
+        report = processes.start(workers.eats_memory, restart="on-failure")
         assert left == []
         assert "MemoryError" in report.workers[0].reason
         assert report.workers[1].code == 0
 
-    def test_many_restarts_need_no_more_of_anything(self, quick):
-        """Descriptors and processes are compared in the middle as well as around the test."""
-        rounds = 30
-        counts = []
+    def test_out_of_descriptors_still_obeys(self, processes):
+        left = script(processes, (lambda: processes.count("enter") == 1, lambda: kill(signal.SIGTERM)))
+        report = processes.start(workers.leaks_descriptors, restart="on-failure", hang_timeout=60)
+        assert left == []
+        assert processes.of("enter")[0][1] == errno.EMFILE
+        assert processes.of("leave") == [(0, signal.SIGTERM)]
+        assert report.workers[0].code == 0
+
+    @pytest.mark.parametrize("kind", [START_METHODS[0], "thread"])
+    @pytest.mark.parametrize("loop", LOOPS)
+    def test_many_restarts_need_no_more_of_anything(self, kind, loop):
+        """Descriptors, processes, threads and memory are compared on the way as well as around the test."""
+        play = Setup(kind, loop)
+        counts, memory = [], []
 
         def again():
-            counts.append((len(os.listdir("/proc/self/fd")), len(quick.sup.children)))
-            if quick.sup.generation < rounds:
-                kill(signal.SIGHUP)
-            else:
-                kill(signal.SIGTERM)
+            with open("/proc/self/statm") as f:
+                memory.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+            counts.append((len(os.listdir("/proc/self/fd")), len(children_of()), threading.active_count()))
+            kill(signal.SIGHUP if play.sup.generation < RESTARTS else signal.SIGTERM)
 
-        quick.on_event("ready", again)
-        quick.on_event("reloaded", again)
-        quick.start(workers.managed, num_workers=2, restart="on-failure", plugins=[quick.plugin])
-        assert len(counts) == rounds
+        play.on_event("ready", again)
+        play.on_event("reloaded", again)
+        with play.wire:
+            report = play.start(workers.managed, num_workers=2, restart="on-failure", plugins=[play.plugin])
+        assert len(counts) == RESTARTS
         assert set(counts[2:]) == {counts[2]}
+        assert len(report.workers) == 2 * RESTARTS
+        # A history of 2 kB for each child is what may stay, and what pytest keeps of the log.
+        assert memory[-1] - memory[len(memory) // 2] < 2**22
+        assert all(w.code == 0 for w in report.workers)
 
     def test_a_privileged_port_is_a_clear_error(self):
         # With the rights of root any port is free.  Without them the standard library may be out of reach.
@@ -243,3 +300,105 @@ def test_fork_in_a_program_with_threads_warns_and_works(nothing_left):
     finally:
         release.set()
         thread.join()
+
+
+@pytest.fixture
+def root():
+    """The root logger, as it was afterwards."""
+    logger = logging.getLogger()
+    handlers, level = list(logger.handlers), logger.level
+    yield logger
+    for handler in list(logger.handlers):
+        if handler not in handlers:
+            logger.removeHandler(handler)
+            with contextlib.suppress(OSError):
+                handler.close()
+    logger.setLevel(level)
+
+
+class TestClocks:
+    """The system's clock is for reports only."""
+
+    def test_jumps_of_the_system_clock_change_nothing(self, any_kind, monkeypatch):
+        # Forwards and backwards by years, at each look.
+        times = itertools.cycle([2e9, 0.0, 5e9, 1e9])
+        monkeypatch.setattr(time, "time", lambda: next(times))
+        monkeypatch.setattr(time, "time_ns", lambda: int(next(times) * 1e9))
+        left = script(
+            any_kind,
+            (lambda: any_kind.count("enter") == 2, lambda: kill(signal.SIGHUP)),
+            (lambda: any_kind.count("leave") == 2, lambda: kill(signal.SIGTERM)),
+        )
+        report = any_kind.start(
+            workers.clock_jumps,
+            num_workers=2,
+            restart="on-failure",
+            hang_timeout=60,
+            start_timeout=3600,
+            drain_timeout=3600,
+            max_age=3600,
+            plugins=[any_kind.plugin],
+        )
+        assert left == []
+        assert [(w.code, w.reason) for w in report.workers] == [(0, "reloaded")] * 2 + [(0, "stopped")] * 2
+        assert 0 <= any_kind.sup.status()["uptime"] < 3600
+
+
+class TestOutput:
+    """Where the log or what is printed can go nowhere."""
+
+    @pytest.mark.parametrize("config", [{"file": "/dev/full"}, {"per_process": "{tmp}/{{index}}"}])
+    def test_a_full_disk_under_the_log_stops_nobody(self, any_kind, config, capsys, tmp_path, root):
+        for name in ("main", "0", "1"):
+            (tmp_path / name).symlink_to("/dev/full")
+        config = {name: value.format(tmp=tmp_path) for name, value in config.items()}
+        left = script(
+            any_kind,
+            (lambda: any_kind.count("enter") == 2, lambda: kill(signal.SIGHUP)),
+            (lambda: any_kind.count("leave") == 2, lambda: kill(signal.SIGUSR1)),
+            (lambda: any_kind.count("reloaded") == 2, lambda: kill(signal.SIGTERM)),
+        )
+        report = any_kind.start(
+            workers.managed, num_workers=2, restart="on-failure", log_config=LogConfig(level="DEBUG", **config)
+        )
+        assert left == []
+        assert [w.code for w in report.workers] == [0] * 4
+        assert "No space left on device" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("loop", LOOPS)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("stream", ["stdout", "stderr"])
+    def test_a_worker_that_prints_into_a_closed_pipe(self, kind, loop, stream, tmp_path):
+        program = tmp_path / "prints.py"
+        program.write_text(PRINTS)
+        reader, writer = os.pipe()
+        os.close(reader)
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, stream: writer}
+        path = os.pathsep.join([os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))])
+        env = {**os.environ, "PYTHONPATH": path}
+        command = [sys.executable, str(program), kind, loop, stream]
+        with subprocess.Popen(command, env=env, start_new_session=True, **streams) as proc:
+            os.close(writer)
+            _, text = proc.communicate(timeout=PATIENCE)
+        assert proc.returncode == 0
+        if stream == "stdout":
+            assert b"BrokenPipeError" in text
+
+
+#: Nothing of the wait for signals here: each worker prints and ends, and so does the server.
+PRINTS = """
+import asyncio, multiprocessing, sys
+from aiotools.server import server_context, start_server
+
+@server_context
+async def worker(loop, index, args):
+    yield
+    print("the end", file=getattr(sys, args[0]), flush=True)
+
+if __name__ == "__main__":
+    kind, loop, stream = sys.argv[1:]
+    kwargs = {"worker_kind": "thread"} if kind == "thread" else {"mp_context": multiprocessing.get_context(kind)}
+    report = start_server(worker, num_workers=2, args=(stream,), run_to_completion=True, report=True,
+        loop_factory={"default": "asyncio"}.get(loop, loop), **kwargs)
+    assert [w.code for w in report.workers] == [1, 1], report
+"""

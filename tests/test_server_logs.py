@@ -15,7 +15,7 @@ from server_play import Play, kill, script
 
 from aiotools.server import LogConfig, logs
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
 
 FAST = "fork" if "fork" in START_METHODS else "forkserver"
 

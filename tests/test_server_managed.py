@@ -19,7 +19,7 @@ from server_play import RUNNERS, Play, kill, script
 
 from aiotools.server import ServerFailed, ServerOptions, control, main_context, start_server
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
 
 FAST = "fork" if "fork" in START_METHODS else "forkserver"
 

@@ -12,7 +12,7 @@ import server_workers as workers
 from process_helpers import start_mp_helpers, wait_process_gone
 from server_play import RUNNERS, Play, kill, script
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(300)
 
 LOOPS = [name for name in ("default", "uvloop") if name in RUNNERS]
 
@@ -24,6 +24,7 @@ def sigint():
     saved = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, saved)
+    start_mp_helpers()
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -54,7 +55,9 @@ def test_a_killed_resource_tracker_is_not_missed(method):
     setup = Play(method, "default")
 
     def kill_it():
-        os.kill(resource_tracker._resource_tracker._pid, signal.SIGKILL)
+        victim = resource_tracker._resource_tracker._pid
+        os.kill(victim, signal.SIGKILL)
+        wait_process_gone(victim)
         kill(signal.SIGHUP)
 
     with setup.wire:

@@ -10,13 +10,13 @@ import time
 import pytest
 import server_board_workers as board_workers
 import server_workers as workers
-from process_helpers import START_METHODS, nothing_left_fixture  # noqa: F401
+from process_helpers import PATIENCE, START_METHODS, nothing_left_fixture  # noqa: F401
 from server_play import Play, kill, script
 
 from aiotools.server import start_server
 from aiotools.server.systemd import SystemdNotifier, notify, watchdog_interval
 
-pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(60)]
+pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
 
 FAST = "fork" if "fork" in START_METHODS else "forkserver"
 
@@ -27,19 +27,31 @@ class Manager:
     def __init__(self, address):
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.sock.bind(address)
-        self.messages = []
+        self._read = []
+        self._flushes = 0
         self.thread = threading.Thread(target=self.read, daemon=True)
         self.arrived = threading.Condition()
 
     def read(self):
         while (data := self.sock.recv(65536)) != b"END":
             with self.arrived:
-                self.messages.append(dict(line.split("=", 1) for line in data.decode().splitlines()))
+                self._read.append(dict(line.split("=", 1) for line in data.decode().splitlines()))
                 self.arrived.notify_all()
 
     def wait_for(self, predicate):
         with self.arrived:
-            assert self.arrived.wait_for(lambda: any(map(predicate, self.messages)), 30), self.messages
+            assert self.arrived.wait_for(lambda: any(map(predicate, self._read)), PATIENCE), self._read
+
+    @property
+    def messages(self):
+        """All that was sent before this call."""
+        self._flushes += 1
+        mark = {"FLUSH": str(self._flushes)}
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(f"FLUSH={self._flushes}".encode(), self.sock.getsockname())
+        self.wait_for(lambda m: m == mark)
+        with self.arrived:
+            return [m for m in self._read if "FLUSH" not in m]
 
     def __enter__(self):
         self.thread.start()
@@ -137,7 +149,7 @@ class TestServer:
         assert set(manager.all("WATCHDOG")) == {"1"}
 
     def test_the_watchdog_is_not_fed_while_no_worker_turns(self, quick, manager, monkeypatch):
-        monkeypatch.setenv("WATCHDOG_USEC", "200000")
+        monkeypatch.setenv("WATCHDOG_USEC", "1000000")
         found = []
 
         def when_late():
@@ -147,7 +159,7 @@ class TestServer:
                 return
             # It is not asked again before this many messages: whether it says anything more shows now.
             fed = len(manager.all("WATCHDOG"))
-            quick.sup.loop.call_later(0.2, after, fed)
+            quick.sup.loop.call_later(1, after, fed)
 
         def after(fed):
             found.append(len(manager.all("WATCHDOG")) - fed)

@@ -22,10 +22,10 @@ __all__ = ("Heartbeat", "beat_interval")
 
 log = logging.getLogger(__package__)
 
-#: Seconds beyond the timeout after which a worker that shows no evidence of its own is killed without.
+#: Seconds beyond the timeout after which a worker whose own watchdog has noticed nothing is killed without evidence.
 OWN_EVIDENCE = 1.5
-#: Seconds for what faulthandler writes to arrive.
-SETTLE = 0.5
+#: The same for one whose watchdog is at it: a second to wait for the GIL, three to write (watchdog.c), and some more.
+EVIDENCE_UNDER_WAY = 8.0
 
 
 def beat_interval(hang_timeout: float | None) -> float:
@@ -37,7 +37,8 @@ class Heartbeat(ServerPlugin):
     """Kills, with its stacks in the log, a worker whose loop has not turned for *timeout* seconds.
 
     A worker is watched from its first beat, which comes when its loop runs, to its end; what blocks
-    before there is a loop (an import) is the affair of ``start_timeout``.
+    before there is a loop (an import) is the affair of ``start_timeout``.  So is, where that is given,
+    what blocks before the worker is ready: a start may be slow in a way that later work must not be.
     """
 
     def __init__(self, timeout: float, board: StatusBoard) -> None:
@@ -73,9 +74,12 @@ class Heartbeat(ServerPlugin):
             words = self._board.words(child)
             if words is None or child in self._hung or not words[BEAT]:
                 continue
+            if child.ready_at is None and sup.options.start_timeout is not None:
+                continue
             age = now - words[BEAT] * 1e-9
             own = bool(words[HANG]) and words[EVIDENCE] != EVIDENCE_NONE
-            if own or (age > self._timeout + OWN_EVIDENCE and now > self._not_before):
+            patience = EVIDENCE_UNDER_WAY if words[HANG] else OWN_EVIDENCE
+            if own or (age > self._timeout + patience and now > self._not_before):
                 self._hung.add(child)
                 log.error("%s hangs: its loop has not turned for %.1f s", child.label, age)
                 task = sup.loop.create_task(self._end(sup, child, own))
@@ -95,11 +99,7 @@ class Heartbeat(ServerPlugin):
 
     async def _log_own_evidence(self, child: Child) -> None:
         """What it has written; native code may hold up the end of it."""
-        end = time.monotonic() + SETTLE
-        seen = -1
-        while time.monotonic() < end and (not child.stacks or len(child.stacks) != seen):
-            seen = len(child.stacks)
-            await asyncio.sleep(0.02)
+        await child.stacks_settled()
         text = child.stacks.decode(errors="replace").rstrip()
         log.error("stacks of %s:\n%s", child.label, text or "(none to be had)")
 

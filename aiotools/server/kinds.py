@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from ..fork import start_child
+from ..fork import print_exception, start_child
 from .worker import WorkerSpec, run_child
 
 __all__ = ("InterpreterHandle", "ThreadHandle", "start_process", "start_thread")
@@ -67,7 +67,7 @@ class ThreadHandle:
         except KeyboardInterrupt:
             code = 254
         except BaseException:
-            traceback.print_exc()
+            print_exception()
         try:
             self._loop.call_soon_threadsafe(self._set, code)
         except RuntimeError:
@@ -108,7 +108,7 @@ class InterpreterHandle(ThreadHandle):
 
     def __init__(self, spec: WorkerSpec) -> None:
         try:
-            from concurrent import interpreters
+            from concurrent import interpreters  # type: ignore[attr-defined]
         except ImportError:
             raise NotImplementedError("worker_kind='interpreter' needs Python 3.14") from None
         import dataclasses
@@ -119,7 +119,9 @@ class InterpreterHandle(ThreadHandle):
         fds = [os.dup(s.fileno()) for s in spec.sockets]
         channel = spec.channel.detach()
         try:
-            payload = pickle.dumps(dataclasses.replace(spec, channel=None, sockets=(), dump=None))
+            # The channel and the sockets travel beside it.
+            bare = dataclasses.replace(spec, channel=None, sockets=(), dump=None)  # type: ignore[arg-type]
+            payload = pickle.dumps(bare)
         except BaseException:
             for fd in (channel, *fds):
                 os.close(fd)
@@ -129,7 +131,7 @@ class InterpreterHandle(ThreadHandle):
         def body() -> int:
             try:
                 interp.exec(f"import sys; sys.path[:] = {sys.path!r}")
-                return interp.call(_interpreter_main, payload, channel, fds)
+                return int(interp.call(_interpreter_main, payload, channel, fds))
             finally:
                 interp.close()
 
@@ -146,5 +148,5 @@ def _interpreter_main(payload: bytes, channel: int, fds: list[int]) -> int:
     try:
         return run_child(spec)
     except BaseException:
-        traceback.print_exc()
+        print_exception()
         return 1

@@ -23,6 +23,7 @@ handed over then is dropped and counted, and the count is logged as soon as ther
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import datetime
@@ -186,7 +187,7 @@ class _PerProcessHandler(logging.Handler):
         self.acquire()
         try:
             for handler in self._files.values():
-                handler.close()
+                _close(handler)
             # Each is opened again when it is written to; those of processes that are gone stay closed.
             self._files.clear()
         finally:
@@ -197,6 +198,12 @@ class _PerProcessHandler(logging.Handler):
         super().close()
 
 
+def _close(handler: logging.Handler) -> None:
+    """Close *handler*; what its file does not take (the disk is full) was complained of when it was logged."""
+    with contextlib.suppress(OSError):
+        handler.close()
+
+
 def _reopen(handler: logging.Handler) -> None:
     """Have *handler* open its file anew, if it has one."""
     if isinstance(handler, _PerProcessHandler):
@@ -205,9 +212,9 @@ def _reopen(handler: logging.Handler) -> None:
         handler.acquire()
         try:
             if handler.stream is not None:
-                handler.flush()
-                stream, handler.stream = handler.stream, None  # type: ignore[assignment]
-                stream.close()
+                stream, handler.stream = handler.stream, None
+                with contextlib.suppress(OSError):
+                    stream.close()
                 # At once: a log that stays silent is to be there as well.
                 handler.stream = handler._open()
         finally:
@@ -253,7 +260,7 @@ class _Installed:
 
     def _close(self) -> None:
         for handler in self._handlers:
-            handler.close()
+            _close(handler)
 
     def remove(self) -> None:
         root = logging.getLogger()
@@ -363,7 +370,7 @@ class RecordHandler(logging.handlers.QueueHandler):
     def close(self) -> None:
         super().close()
         if self.queue is not None:
-            os.close(self.queue.fd)
+            os.close(self.queue.fd)  # type: ignore[attr-defined]
             self.queue = None  # type: ignore[assignment]
 
 
@@ -519,7 +526,7 @@ class _Assembler:
 
     def feed(self, data: bytes) -> list[logging.LogRecord]:
         self._bytes += data
-        found = []
+        found: list[logging.LogRecord] = []
         while len(self._bytes) >= _HEADER.size:
             writer, first, last, length = _HEADER.unpack_from(self._bytes)
             end = _HEADER.size + length
@@ -537,7 +544,7 @@ class _Assembler:
         return found
 
     @staticmethod
-    def _records(data: bytes) -> Iterator[logging.LogRecord]:
+    def _records(data: bytes | bytearray) -> Iterator[logging.LogRecord]:
         facts = json.loads(data)
         lost = facts.pop("_lost", 0)
         if lost:
@@ -600,7 +607,7 @@ class LogServer(ServerPlugin):
                 handler.addFilter(origin)
                 self._origins.append((handler, origin))
         self._queue = keep_from_children(RecordQueue())
-        self._listener = _Listener(self._queue)  # type: ignore[arg-type]
+        self._listener = _Listener(self._queue)
         self._listener.start()
 
     def _levels(self) -> tuple[int, dict[str, int | str]]:

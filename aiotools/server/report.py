@@ -11,6 +11,10 @@ from .signals import name_of
 __all__ = ("ServerFailed", "ServerReport", "WorkerRecord")
 
 
+#: So many children's histories are kept; a server that recycles its workers for years must not grow.
+MAX_RECORDS = 10_000
+
+
 @dataclasses.dataclass
 class WorkerRecord:
     """The history of one child.
@@ -71,7 +75,9 @@ class WorkerRecord:
 class ServerReport:
     """What ``start_server(..., report=True)`` returns.
 
-    :ivar workers: one record per child that was started, in order of their start.
+    :ivar workers: one record per child that was started, in order of their start; of a server that starts
+        very many, the last :data:`MAX_RECORDS` and those that still run.
+    :ivar dropped: how many records are left out of *workers* for that.
     :ivar stop_signal: what stopped the server.
     :ivar reason: why, in words.
     :ivar failed: whether the server gave up.
@@ -81,6 +87,16 @@ class ServerReport:
     stop_signal: Any = None
     reason: str | None = None
     failed: bool = False
+    dropped: int = 0
+
+    def add(self, record: WorkerRecord) -> None:
+        """Add *record*, in place of an old one if there are very many."""
+        self.workers.append(record)
+        if len(self.workers) > MAX_RECORDS:
+            oldest = next((i for i, r in enumerate(self.workers) if r.ended is not None), None)
+            if oldest is not None:
+                del self.workers[oldest]
+                self.dropped += 1
 
 
 class ServerFailed(RuntimeError):

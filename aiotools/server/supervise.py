@@ -81,9 +81,11 @@ log = logging.getLogger(__package__)
 #: Seconds between two looks at the children (memory, plugins' ticks).
 TICK = 1.0
 #: Seconds at most for the workers to take what waits in the accept queues when the server stops.
-ACCEPT_GRACE = 0.1
-#: Seconds that a process gets to write its stacks before it is killed.
-DUMP_GRACE = 0.5
+ACCEPT_GRACE = 2.0
+#: Seconds at most that a process gets to write its stacks before it is killed,
+DUMP_GRACE = 2.0
+#: and seconds without anything new after which they are whole.
+DUMP_PAUSE = 0.1
 
 
 class State(enum.Enum):
@@ -154,6 +156,14 @@ class Child:
         await self._gone.wait()
         assert self.exitcode is not None
         return self.exitcode
+
+    async def stacks_settled(self) -> None:
+        """Wait until it has written its stacks, or does not seem to."""
+        end = time.monotonic() + DUMP_GRACE
+        seen = -1
+        while time.monotonic() < end and (not self.stacks or len(self.stacks) != seen):
+            seen = len(self.stacks)
+            await asyncio.sleep(DUMP_PAUSE)
 
     def send(self, message: str, /, **fields: Any) -> None:
         """Send a message over its channel (worker.py lists them)."""
@@ -242,7 +252,7 @@ class Supervisor:
         self.failure: str | None = None
         self.abandoned: str | None = None  # why the last rolling restart was given up
         self.rolling = False
-        self.started_at = time.time()
+        self.started_at = time.monotonic()
         self.loop: asyncio.AbstractEventLoop | None = None
         self._main_context: Any = None
         self._stop = asyncio.Event()
@@ -533,18 +543,19 @@ class Supervisor:
         drain = self.options.drain_timeout
         if drain is None:
             return
-        assert self.loop is not None
+        loop = self.loop
+        assert loop is not None
 
         def cancel() -> None:
             log.warning("%s has not drained within %g s", child.label, drain)
             child.send("cancel")
-            child._timers.append(self.loop.call_later(self.options.cancel_timeout, kill))
+            child._timers.append(loop.call_later(self.options.cancel_timeout, kill))
 
         def kill() -> None:
             log.warning("%s does not end; killing it", child.label)
             self._spawn(self.kill_child(child, "killed: did not end", stacks=True))
 
-        child._timers.append(self.loop.call_later(drain, cancel))
+        child._timers.append(loop.call_later(drain, cancel))
 
     async def drain(self, child: Child, reason: str) -> None:
         """Tell one child to stop and wait for its end, within its budgets."""
@@ -582,12 +593,7 @@ class Supervisor:
             del child.stacks[:]
             with contextlib.suppress(OSError):
                 child.handle.send_signal(DUMP_SIGNAL)
-            end = time.monotonic() + DUMP_GRACE
-            seen = -1
-            # The handler writes all in one go; two looks without news mean that it is done.
-            while time.monotonic() < end and (not child.stacks or len(child.stacks) != seen):
-                seen = len(child.stacks)
-                await asyncio.sleep(0.05)
+            await child.stacks_settled()
             text = child.stacks.decode(errors="replace")
         else:
             return
@@ -600,6 +606,7 @@ class Supervisor:
         assert self.loop is not None
         child = Child(self, slot, generation)
         slot.serial += 1
+        theirs: socket.socket | None
         ours, theirs = socket.socketpair()
         keep_from_children(ours)
         dump_r = dump_w = None
@@ -676,7 +683,7 @@ class Supervisor:
             if dump_w is not None:
                 dump_w.close()
         child.record.pid = child.handle.pid
-        self.report.workers.append(child.record)
+        self.report.add(child.record)
         if dump_r is not None:
             os.set_blocking(dump_r.fileno(), False)
             self.loop.add_reader(dump_r.fileno(), self._read_dump, child)
@@ -1043,6 +1050,8 @@ class Supervisor:
         else:
             self.generation = generation
             self.abandoned = None
+            # Nobody starts the code of earlier ones any more.
+            self._thread_targets = {g: t for g, t in self._thread_targets.items() if g >= generation}
             log.info("rolling restart: generation %d serves", generation)
             self._event("reloaded", generation=generation)
 
@@ -1120,7 +1129,7 @@ class Supervisor:
             "state": state,
             "generation": self.generation,
             "abandoned": self.abandoned,
-            "uptime": round(time.time() - self.started_at, 3),
+            "uptime": round(time.monotonic() - self.started_at, 3),
             "workers": children,
         }
 
