@@ -81,11 +81,11 @@ class ServerMainContextManager(_GeneratorContextManager, Generic[TYield]):  # ty
         self.kwargs = kwargs
 
     def _recreate_cm(self) -> ServerMainContextManager[TYield]:
-        return type(self)(self.func, self.args, self.kwargs)
+        return type(self)(self.func, self.args, self.kwargs)  # type: ignore[arg-type]
 
     def __enter__(self) -> TYield:
         try:
-            return next(self.gen)
+            return next(self.gen)  # type: ignore[no-any-return]
         except StopIteration:
             raise RuntimeError("generator didn't yield") from None
 
