@@ -269,6 +269,11 @@ aiot_task_cancel_from(AiotLoop *loop, PyObject *task, AiotShield *origin, PyObje
     if (done != 0) {
         return done < 0 ? -1 : 0;
     }
+    /* done() may be anybody's: look again. */
+    shield = shield_of_task(loop, task);
+    if (shield == NULL || is_inside(shield->token, origin)) {
+        return aiot_task_interrupt(loop, task, msg);
+    }
     return keep(shield, origin, msg) < 0 ? -1 : 1;
 }
 
@@ -500,7 +505,11 @@ patch_remove(PatchObject *patch)
     for (int i = 0; i < N_METHODS; i++) {
         PyObject *name = method_name(state, i);
         PyObject *now;
-        if (PyDict_GetItemRef(dict, name, &now) > 0) {
+        int found = PyDict_GetItemRef(dict, name, &now);
+        if (found < 0) {
+            PyErr_WriteUnraisable(patch->task);
+        }
+        else if (found > 0) {
             if (now == patch->mine[i]
                 && (patch->before[i] != NULL ? PyDict_SetItem(dict, name, patch->before[i])
                                              : PyDict_DelItem(dict, name)) < 0)
@@ -644,12 +653,14 @@ frame_unshield(AiotLoop *loop, aiot_frame *frame)
     if (frame->token != NULL) {
         frame->token->open = false;
         AiotShield *now;
-        if (current_token(loop->state, &now) == 0 && now != NULL) {
-            if (now == frame->token && set_current_token(loop->state, frame->token->parent) < 0) {
-                PyErr_WriteUnraisable(frame->task);
-            }
-            Py_DECREF(now);
+        int failed = current_token(loop->state, &now);
+        if (!failed && now == frame->token) {
+            failed = set_current_token(loop->state, frame->token->parent);
         }
+        if (failed) {
+            PyErr_WriteUnraisable(frame->task);
+        }
+        Py_XDECREF((PyObject *)now);
     }
     PatchObject *patch = (PatchObject *)frame->patch;
     frame->patch = NULL;
