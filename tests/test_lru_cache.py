@@ -225,6 +225,81 @@ class TestCalls:
         assert f.cache_info() == (0, 2, 128, 0)
 
 
+class TestResultsOfHits:
+    """Up to 3.14 the interpreter takes a result from a StopIteration, and one is used again and again."""
+
+    class Value:
+        pass
+
+    async def cached(self):
+        values = [self.Value(), self.Value()]
+
+        @lru_cache
+        async def f(n):
+            return values[n]
+
+        for n in range(2):
+            await f(n)
+        return f, values
+
+    async def test_nothing_keeps_a_result_once_it_was_delivered(self):
+        f, values = await self.cached()
+        ref = weakref.ref(await f(0))
+        f.cache_clear()
+        assert ref() is not None
+        values.clear()
+        assert ref() is None
+
+    async def test_nothing_keeps_a_result_that_was_taken_by_hand(self):
+        f, values = await self.cached()
+        call = f(0)
+        try:
+            next(call.__await__())
+        except StopIteration as stop:
+            ref = weakref.ref(stop.value)
+        f.cache_clear()
+        values.clear()
+        del call
+        assert ref() is None
+
+    async def test_who_catches_the_exception_keeps_its_value(self):
+        f, values = await self.cached()
+        caught = []
+        for n in (0, 1, 0):
+            try:
+                f(n).__await__().__next__()
+            except StopIteration as stop:
+                caught.append(stop)
+            assert await f(1 - n) is values[1 - n]
+        assert [stop.value for stop in caught] == [values[0], values[1], values[0]]
+        assert len(set(map(id, caught))) == 3
+
+    async def test_a_finalizer_may_take_another_result_meanwhile(self):
+        f, values = await self.cached()
+        taken = []
+
+        class Last:
+            def __del__(self):
+                try:
+                    f(1).__await__().__next__()
+                except StopIteration as stop:
+                    taken.append(stop.value)
+
+        @lru_cache
+        async def g():
+            return Last()
+
+        await g()
+        call = g()
+        await call
+        g.cache_clear()
+        # The value of the call before may be dropped by now, or is dropped here.
+        assert await f(0) is values[0]
+        del call
+        assert await f(0) is values[0]
+        assert taken == [values[1]]
+
+
 class TestSingleFlight:
     async def test_concurrent_calls_share_one_task(self):
         calls = []

@@ -136,6 +136,39 @@ aiot_stop_iteration(aiot_state *state, PyObject *value)
     return NULL;
 }
 
+PyObject *
+aiot_stop_iteration_lent(aiot_state *state, PyObject *value)
+{
+#if AIOT_FREELISTS
+    PyObject *stop = state->stop_lent;
+    if (stop != NULL && value != Py_None) {
+        if (AIOT_LIKELY(stop_is_fresh(stop))) {
+            PyObject *old = ((PyStopIterationObject *)stop)->value;
+            ((PyStopIterationObject *)stop)->value = value;
+            PyErr_SetRaisedException(Py_NewRef(stop));
+            /* What drops this may well raise and catch, and finds the exception in use. */
+            if (AIOT_UNLIKELY(old != NULL)) {
+                PyObject *pending = PyErr_GetRaisedException();
+                Py_DECREF(old);
+                PyErr_SetRaisedException(pending);
+            }
+            return NULL;
+        }
+        Py_CLEAR(state->stop_lent);
+    }
+    if (value != Py_None && state->stop_lent == NULL) {
+        /* For the next time. A plain one, which is told from others without a walk through its bases. */
+        state->stop_lent = PyObject_CallNoArgs(PyExc_StopIteration);
+        if (state->stop_lent == NULL) {
+            Py_DECREF(value);
+            return NULL;
+        }
+        Py_CLEAR(((PyStopIterationObject *)state->stop_lent)->value);
+    }
+#endif
+    return aiot_stop_iteration(state, value);
+}
+
 /* ---- the protocol ------------------------------------------------------------------------------------------ */
 
 static const char *
@@ -501,9 +534,19 @@ Done_send(PyObject *op, PyObject *value, PyObject **result)
 static PyObject *
 Done_iternext(PyObject *op)
 {
-    if (((DoneObject *)op)->value == Py_None) {
+    DoneObject *self = (DoneObject *)op;
+    if (self->value == Py_None) {
         return NULL;
     }
+#ifndef Py_GIL_DISABLED
+    /* What aiot_awaitable_iternext() does, for the one thing that it does nearly always. */
+    if (AIOT_LIKELY(self->phase == AIOT_CREATED)) {
+        PyObject *value = self->value;
+        self->value = NULL;
+        self->phase = AIOT_FINISHED;
+        return aiot_stop_iteration_lent(aiot_state_of_exact_type(Py_TYPE(op)), value);
+    }
+#endif
     return aiot_awaitable_iternext(op);
 }
 
@@ -567,6 +610,9 @@ Done_dealloc(PyObject *op)
     AIOT_TRASHCAN_BEGIN(op, Done_dealloc)
     Py_CLEAR(((DoneObject *)op)->value);
     aiot_state *state = aiot_state_for_dealloc(Py_TYPE(op));
+    if (state != NULL) {
+        aiot_stop_forget(state);
+    }
     aiot_free_list_free(state, state == NULL ? NULL : &state->free_dones, op);
     AIOT_TRASHCAN_END
 }

@@ -69,6 +69,30 @@ extern PyGetSetDef aiot_awaitable_getset[];
 /* How a C iterator ends with a value: steals value, always returns NULL. None needs no exception at all. */
 PyObject *aiot_stop_iteration(aiot_state *state, PyObject *value);
 
+/* The same, quicker, for awaitables that call aiot_stop_forget() when they are freed. */
+PyObject *aiot_stop_iteration_lent(aiot_state *state, PyObject *value);
+
+/* One plain StopIteration serves all of them: it must not keep the value longer than the awaitable that had it lives, and
+ * belongs to whoever caught it. */
+static inline void
+aiot_stop_forget(aiot_state *state)
+{
+#if AIOT_FREELISTS
+    PyStopIterationObject *stop = (PyStopIterationObject *)state->stop_lent;
+    if (stop == NULL || stop->value == NULL) {
+        return;
+    }
+    if (Py_REFCNT(stop) == 1) {
+        Py_CLEAR(stop->value);
+    }
+    else {
+        Py_CLEAR(state->stop_lent);
+    }
+#else
+    (void)state;
+#endif
+}
+
 /* A new awaitable that completes at once with value. */
 PyObject *aiot_done_new(aiot_state *state, PyObject *value);
 

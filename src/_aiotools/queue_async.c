@@ -232,6 +232,37 @@ aiot_q_close_awaitable(PyObject *queue, aiot_q_kind kind)
     return (PyObject *)op_new(queue, kind == AIOT_REQ_CLOSE ? &close_ops : &wait_closed_ops, kind);
 }
 
+/* aiot_awaitable_iternext(), with results as QueueOp_dealloc allows them. */
+static PyObject *
+QueueOp_iternext(PyObject *op)
+{
+    QueueOp *self = (QueueOp *)op;
+    aiot_state *state = self->core->state;
+    PyObject *result = NULL;
+    PySendResult answer;
+#ifndef Py_GIL_DISABLED
+    /* What aiot_awaitable_send() does at the first step, which is mostly the only one. */
+    if (AIOT_LIKELY(self->phase == AIOT_CREATED)) {
+        self->phase = AIOT_RUNNING;
+        answer = op_start((aiot_awaitable *)self, &result);
+        self->phase = answer == PYGEN_NEXT ? AIOT_SUSPENDED : AIOT_FINISHED;
+    }
+    else
+#endif
+    {
+        answer = aiot_awaitable_send(op, Py_None, &result);
+    }
+    switch (answer) {
+    case PYGEN_NEXT:
+        return result;
+    case PYGEN_RETURN:
+        return aiot_stop_iteration_lent(state, result);
+    case PYGEN_ERROR:
+    default:
+        return NULL;
+    }
+}
+
 static int
 QueueOp_traverse(PyObject *op, visitproc visit, void *arg)
 {
@@ -272,6 +303,7 @@ QueueOp_dealloc(PyObject *op)
     aiot_state *state = self->core->state;
     PyObject *module = Py_NewRef(self->core->module);
     Py_CLEAR(self->core);
+    aiot_stop_forget(state);
     aiot_free_list_free(state, &state->free_queue_ops, op);
     Py_DECREF(module);
     AIOT_TRASHCAN_END
@@ -285,7 +317,13 @@ static PyMemberDef QueueOp_members[] = {
 
 static PyType_Slot QueueOp_slots[] = {
     {Py_tp_doc, "What the coroutine methods of AsyncQueue return: await it, once."},
-    AIOT_AWAITABLE_SLOTS,
+    {Py_am_await, aiot_awaitable_await},
+    {Py_am_send, aiot_awaitable_send},
+    {Py_tp_iter, PyObject_SelfIter},
+    {Py_tp_iternext, QueueOp_iternext},
+    {Py_tp_methods, aiot_awaitable_methods},
+    {Py_tp_getset, aiot_awaitable_getset},
+    {Py_tp_finalize, aiot_awaitable_finalize},
     {Py_tp_members, QueueOp_members},
     {Py_tp_traverse, QueueOp_traverse},
     {Py_tp_clear, QueueOp_clear},

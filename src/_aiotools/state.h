@@ -218,6 +218,7 @@
     V(loops)              /* {id(loop): weak reference to its state}, for loops that take no attribute */ \
     V(shield_var)         /* the context variable that says which shield one is inside */ \
     V(stop_false)         /* a StopIteration(False) that is used again and again (awaitable.c), or NULL */ \
+    V(stop_lent)          /* a plain StopIteration that is used again and again (awaitable.h), or NULL */ \
     V(zero)               /* the integer */ \
     V(timeout_message)    /* "timeout", as our timeouts cancel their tasks */
 
