@@ -1174,7 +1174,7 @@ aiot_loop_ran_here(AiotLoop *self)
 AiotLoop *
 aiot_loop_get_running(aiot_state *state)
 {
-    PyObject *loop = PyObject_CallNoArgs(state->get_running_loop);
+    PyObject *loop = aiot_call_noargs(state->get_running_loop);
     if (loop == NULL) {
         return NULL;
     }

@@ -50,18 +50,6 @@ cache_hit_lock_held(CacheObject *self, aiot_state *state, AiotLoop *loop, PyObje
     return *result == NULL ? -1 : 1;
 }
 
-/* asyncio._get_running_loop(): new reference. A quarter of a hit is spent on it; called as what it is, a C function without
- * arguments, it takes half as long as through the protocol of calls. */
-static inline PyObject *
-running_loop(aiot_state *state)
-{
-    PyObject *ask = state->maybe_running_loop;
-    if (AIOT_LIKELY(PyCFunction_CheckExact(ask) && PyCFunction_GET_FLAGS(ask) == METH_NOARGS)) {
-        return PyCFunction_GET_FUNCTION(ask)(PyCFunction_GET_SELF(ask), NULL);
-    }
-    return PyObject_CallNoArgs(ask);
-}
-
 /* Whether the running loop is one that the cache is used on; anything else is said when the call is awaited. *loop is the one
  * of the cache, borrowed, or NULL. */
 static bool
@@ -71,7 +59,7 @@ cache_is_at_home(CacheObject *self, aiot_state *state, AiotLoop **loop)
     if (*loop == NULL && !self->shared) {
         return false;
     }
-    PyObject *running = running_loop(state);
+    PyObject *running = aiot_call_noargs(state->maybe_running_loop);
     if (running == NULL) {
         PyErr_Clear();
         return false;

@@ -134,7 +134,7 @@ aiot_lru_now(CacheObject *self, AiotLoop *loop, aiot_lru_time *now)
         return loop_now(loop, now);
     }
     aiot_state *state = aiot_state_of_exact_type(Py_TYPE(self));
-    PyObject *running = PyObject_CallNoArgs(state->maybe_running_loop);
+    PyObject *running = aiot_call_noargs(state->maybe_running_loop);
     if (running == NULL) {
         return -1;
     }

@@ -157,7 +157,7 @@ static AiotLoop *
 loop_that_runs_here(aiot_state *state)
 {
     AiotLoop *found = NULL;
-    PyObject *loop = PyObject_CallNoArgs(state->maybe_running_loop);
+    PyObject *loop = aiot_call_noargs(state->maybe_running_loop);
     if (loop != NULL && loop != Py_None) {
         found = aiot_loop_get(state, loop);
     }
