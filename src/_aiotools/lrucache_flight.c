@@ -286,7 +286,7 @@ flight_run_stop(AiotLoop *Py_UNUSED(loop), PyObject *owner, aiot_post_outcome ou
     if (outcome == AIOT_POST_DELIVERED) {
         flight_cancel_lock_held(self);
     }
-    else {
+    else if (outcome == AIOT_POST_CLOSED) {
         flight_give_up_lock_held(self);
     }
     Py_END_CRITICAL_SECTION();
