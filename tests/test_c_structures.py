@@ -49,7 +49,7 @@ def sanitizers(tmp_path_factory):
     return flags if made.returncode == 0 else []
 
 
-@pytest.mark.parametrize("structure", ["chunks", "heap", "link", "ring"])
+@pytest.mark.parametrize("structure", ["chunks", "heap", "link", "ptrmap", "ring"])
 def test_the_c_unit_tests_pass(structure, sanitizers, tmp_path):
     sources = [HERE / "c" / f"test_{structure}.c"]
     if (CORE / f"{structure}.c").exists():
