@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+import aiotools
 from aiotools import ShieldScope, TaskGroup, TaskScope, cancel_and_wait, move_on_after
 
 SYNC = [False, True]
@@ -185,47 +186,188 @@ class TestHolding:
         assert done == ["shielded"] and task.cancelled()
 
 
+@pytest.mark.parametrize("sync", SYNC)
 class TestDeliveredOnce:
-    async def test_code_that_catches_it_and_uncancels_goes_on(self):
+    """F-21. A plain `with` cannot suspend when it is left; the request is counted while the body waits for something."""
+
+    @pytest.fixture(params=["future", "task", "gather", "sleep", "our sleep", "queue"])
+    def wait(self, request):
+        """What the body waits for when the requests come; woken by release()."""
+
+        async def wait(release):
+            match request.param:
+                case "future":
+                    await release
+                case "task":
+                    await asyncio.create_task(asyncio.wait([release]))
+                case "gather":
+                    await asyncio.gather(release)
+                case "sleep":
+                    await asyncio.sleep(0.001)
+                case "our sleep":
+                    await aiotools.sleep(0.001)
+                case "queue":
+                    queue = aiotools.Queue()
+                    release.add_done_callback(lambda _: queue.async_q.put_nowait(None))
+                    await queue.async_q.get()
+
+        return wait
+
+    async def start(self, sync, wait, ending, requests=1):
+        """A task that waits in a shield, gets requests there, and then goes on with ending()."""
+        release = asyncio.get_running_loop().create_future()
+
+        async def work():
+            try:
+                async with Both(sync):
+                    await wait(release)
+            except asyncio.CancelledError as exc:
+                assert exc.args == ()
+                return await ending()
+            raise AssertionError("nothing was raised")
+
+        task = await start(work())
+        for _ in range(requests):
+            task.cancel("held")
+        assert task.cancelling() == requests
+        await turns()
+        if not release.done():
+            release.set_result(None)
+        return task
+
+    async def test_code_that_catches_it_and_uncancels_goes_on(self, sync, wait):
+        async def ending():
+            assert asyncio.current_task().uncancel() == 0
+            await turns()
+            await asyncio.sleep(0.001)
+            return "went on"
+
+        task = await self.start(sync, wait, ending)
+        assert await task == "went on"
+
+    async def test_code_that_only_catches_it_goes_on_too(self, sync, wait):
+        async def ending():
+            await turns()
+            await asyncio.sleep(0.001)
+            return asyncio.current_task().cancelling()
+
+        task = await self.start(sync, wait, ending, requests=2)
+        assert await task == 2
+
+    async def test_clean_up_after_it_is_not_interrupted(self, sync, wait):
+        async def ending():
+            async with asyncio.TaskGroup() as group:
+                group.create_task(asyncio.sleep(0.001))
+            return "cleaned up"
+
+        task = await self.start(sync, wait, ending)
+        assert await task == "cleaned up"
+
+    async def test_a_task_that_cancels_itself_and_waits_then(self, sync, wait):
+        release = asyncio.get_running_loop().create_future()
+
         async def work():
             task = asyncio.current_task()
             try:
-                async with ShieldScope():
-                    await turns(5)
+                async with Both(sync):
+                    task.cancel()
+                    await turns(2)
+                    await wait(release)
             except asyncio.CancelledError:
-                assert task.uncancel() == 0
-            await turns()
-            return "went on"
+                await asyncio.sleep(0.001)
+            return task.cancelling()
 
         task = await start(work())
-        task.cancel()
-        assert await task == "went on"
+        await turns()
+        release.set_result(None)
+        assert await task == 1
 
-    async def test_code_that_only_catches_it_goes_on_too(self):
+    async def test_what_is_taken_back_in_the_shield_is_not_delivered(self, sync, wait):
+        release = asyncio.get_running_loop().create_future()
+
         async def work():
-            try:
-                async with ShieldScope():
-                    await turns(5)
-            except asyncio.CancelledError:
-                pass
-            await turns()
+            async with Both(sync):
+                await wait(release)
+            await asyncio.sleep(0.001)
             return asyncio.current_task().cancelling()
 
         task = await start(work())
         task.cancel()
         task.cancel()
-        assert await task == 2
+        assert (task.uncancel(), task.cancelling(), task.uncancel(), task.cancelling()) == (1, 1, 0, 0)
+        release.set_result(None)
+        assert await task == 0
 
-    async def test_a_timeout_around_a_shield_ends_in_a_timeout_error(self):
+    async def test_through_several_shields(self, sync, wait):
+        release = asyncio.get_running_loop().create_future()
+        seen = []
+
+        async def work():
+            try:
+                async with Both(not sync):
+                    async with Both(sync):
+                        async with Both(not sync):
+                            await wait(release)
+                        seen.append(asyncio.current_task().cancelling())
+                        await turns()
+                    seen.append(asyncio.current_task().cancelling())
+                    await asyncio.sleep(0.001)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.001)
+            return asyncio.current_task().cancelling()
+
+        task = await start(work())
+        task.cancel()
+        release.set_result(None)
+        assert await task == 1 and seen == [1, 1]
+
+    async def test_an_exception_of_the_body_wins_and_the_request_is_pending(self, sync, wait):
+        release = asyncio.get_running_loop().create_future()
+
+        async def work():
+            with pytest.raises(ZeroDivisionError):
+                async with Both(sync):
+                    await wait(release)
+                    raise ZeroDivisionError
+            assert asyncio.current_task().cancelling() == 1
+            with pytest.raises(asyncio.CancelledError):
+                await forever()
+            await asyncio.sleep(0.001)
+            return asyncio.current_task().cancelling()
+
+        task = await start(work())
+        task.cancel()
+        release.set_result(None)
+        assert await task == 1
+
+    async def test_what_is_waited_for_can_be_cancelled_afterwards(self, sync):
+        """It is told to stay while the request is counted, and no longer."""
+        release = asyncio.get_running_loop().create_future()
+
+        async def work():
+            async with Both(sync):
+                await release
+
+        task = await start(work())
+        task.cancel()
+        assert "cancel" not in getattr(release, "__dict__", {}) and not release.cancelled()
+        assert release.cancel() and release.cancelled()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    async def test_a_timeout_around_a_shield_ends_in_a_timeout_error(self, sync):
         done = []
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.001):
-                async with ShieldScope():
+                async with Both(sync):
                     await asyncio.sleep(0.005)
                     done.append("shielded")
         assert done == ["shielded"] and asyncio.current_task().cancelling() == 0
         await turns()
+        await asyncio.sleep(0)
 
+
+class TestDeliveredOnceByAsync:
     async def test_a_request_that_comes_while_the_shield_waits_for_children(self):
         done = []
 

@@ -720,7 +720,7 @@ scope_enter(AiotScope *self, bool sync)
         Py_DECREF(host);
         return -1;
     }
-    int failed = aiot_frame_push(self->loop, &self->frame, host, self->shielded);
+    int failed = aiot_frame_push(self->loop, &self->frame, host, self->shielded, sync);
     if (failed) {
         Py_DECREF(host);
         return -1;
@@ -783,7 +783,7 @@ typedef enum {
     PASS,           /* the body's own exception, if any, goes on */
     SWALLOW,
     RAISE,          /* an exception is set */
-    DELIVER,        /* the pending request is delivered at the next suspension; then PASS, or CancelledError */
+    DELIVER,        /* as the two before, with a CancelledError; what the task would throw next is the same one */
 } ending;
 
 /* Is it right to leave now? 0, or -1 with RuntimeError. */
@@ -900,25 +900,18 @@ end_group(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, b
     return end;
 }
 
-/* How a scope ends; its frame is closed. */
+/* How a scope ends, base errors and what its shield kept left aside. */
 static ending
-end_scope(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, bool had_own, bool outside, bool in_shield)
+choose_end(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, bool had_own, bool outside, bool in_shield,
+           bool delivered)
 {
     aiot_state *state = self->loop->state;
     bool body_cancelled = is_cancelled_error(self, exc);
-    Py_ssize_t delivered = aiot_frame_hand_over(self->loop, &self->frame, host);
-    if (delivered < 0) {
-        return RAISE;
-    }
-    if (self->base_error != NULL) {
-        raise_it(Py_NewRef(self->base_error));
-        return RAISE;
-    }
     PyObject *scheduled = NULL;
     if (cancelled != NULL && (outside || !had_own)) {
         scheduled = Py_NewRef(cancelled);
     }
-    else if (exc == NULL && (outside || self->closed_by_host)) {
+    else if (exc == NULL && (outside || delivered || self->closed_by_host)) {
         if ((scheduled = PyObject_CallNoArgs(state->CancelledError)) == NULL) {
             return RAISE;
         }
@@ -937,7 +930,7 @@ end_scope(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, b
         end = RAISE;
     }
     else if (scheduled != NULL) {
-        if (in_shield && !outside && !self->closed_by_host) {
+        if (in_shield && !outside && !delivered && !self->closed_by_host) {
             end = exc == NULL || body_cancelled ? SWALLOW : PASS;
         }
         else {
@@ -945,13 +938,48 @@ end_scope(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, b
             end = RAISE;
         }
     }
-    else if (delivered > 0 && (exc == NULL || body_cancelled)) {
-        end = DELIVER;
-    }
-    else if (body_cancelled && !outside && (had_own || in_shield)) {
+    else if (body_cancelled && !outside && !delivered && (had_own || in_shield)) {
         end = SWALLOW;
     }
     Py_XDECREF(scheduled);
+    return end;
+}
+
+/* How a scope ends; its frame is closed. */
+static ending
+end_scope(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, bool had_own, bool outside, bool in_shield)
+{
+    Py_ssize_t pending;
+    Py_ssize_t delivered = aiot_frame_hand_over(self->loop, &self->frame, host, &pending);
+    if (delivered < 0) {
+        return RAISE;
+    }
+    ending end = RAISE;
+    if (self->base_error != NULL) {
+        raise_it(Py_NewRef(self->base_error));
+    }
+    else {
+        end = choose_end(self, host, exc, cancelled, had_own, outside, in_shield, delivered > 0);
+    }
+    if (delivered == 0) {
+        return end;
+    }
+    bool with_cancellation = end == RAISE ? PyErr_ExceptionMatches(self->loop->state->CancelledError) != 0
+                                          : end == PASS && is_cancelled_error(self, exc);
+    if (with_cancellation) {
+        return pending > 0 ? DELIVER : end;
+    }
+    if (pending == 0) {
+        /* What the block ends with wins; the request stays pending. */
+        PyObject *raised = PyErr_GetRaisedException();
+        if (deliver_again(self, host) < 0) {
+            Py_XDECREF(raised);
+            return RAISE;
+        }
+        if (raised != NULL) {
+            PyErr_SetRaisedException(raised);
+        }
+    }
     return end;
 }
 
@@ -1028,6 +1056,7 @@ exit_answer(ExitObject *self, ending end, PyObject **result)
         break;
     case DELIVER:
         self->stage = DELIVERING;
+        Py_XSETREF(self->cancelled, PyErr_GetRaisedException());
         return aiot_join_checkpoint(self->scope->loop, &self->joiner, result);
     case RAISE:
     default:
@@ -1042,10 +1071,10 @@ exit_answer(ExitObject *self, ending end, PyObject **result)
 static PySendResult
 exit_delivered(ExitObject *self, PyObject **result)
 {
-    if (self->exc != NULL) {
+    if (self->cancelled == NULL) {
         return exit_answer(self, PASS, result);
     }
-    PyErr_SetNone(self->scope->loop->state->CancelledError);
+    raise_it(Py_NewRef(self->cancelled));
     return exit_answer(self, RAISE, result);
 }
 
@@ -1220,10 +1249,9 @@ ShieldScope_exit(PyObject *op, PyObject *const *args, Py_ssize_t nargs)
     case SWALLOW:
         Py_RETURN_TRUE;
     case DELIVER:
-        if (exc != NULL) {
+        if (!PyErr_Occurred()) {
             Py_RETURN_FALSE;
         }
-        PyErr_SetNone(self->loop->state->CancelledError);
         return NULL;
     case RAISE:
     default:

@@ -12,6 +12,7 @@
 #include "shield.h"
 
 #include "ptrmap.h"
+#include "waiter.h"
 
 struct AiotShield {
     PyObject_HEAD
@@ -28,6 +29,10 @@ typedef struct {
     PyObject *before[N_METHODS];    /* what the instance had: owned, or NULL */
     PyObject *mine[N_METHODS];
     Py_ssize_t users;               /* shielded frames */
+    Py_ssize_t sync_users;          /* those that can't suspend when they are left */
+    Py_ssize_t counted;             /* kept requests that the task counts already */
+    Py_ssize_t uncounted;           /* the others */
+    bool retrying;                  /* a callback of the loop will try to count the others */
 } PatchObject;
 
 /* ---- tokens ------------------------------------------------------------------------------------------------- */
@@ -205,16 +210,45 @@ as_answer(PyObject *answer)
     return truth;
 }
 
+/* The kept requests that the task counts: not yet made, for all who ask. */
+static Py_ssize_t
+counted_of_task(AiotLoop *loop, PyObject *task)
+{
+    aiot_frame *shield = shield_of_task(loop, task);
+    return shield == NULL ? 0 : ((PatchObject *)shield->patch)->counted;
+}
+
+static int forget_pending(AiotLoop *loop, PyObject *task);
+
 Py_ssize_t
 aiot_task_requests(AiotLoop *loop, PyObject *task)
 {
-    return as_count(call_task(loop, task, CANCELLING, NULL));
+    Py_ssize_t all = as_count(call_task(loop, task, CANCELLING, NULL));
+    if (all < 0) {
+        return -1;
+    }
+    Py_ssize_t counted = counted_of_task(loop, task);
+    return all > counted ? all - counted : 0;
 }
 
 Py_ssize_t
 aiot_task_take_back(AiotLoop *loop, PyObject *task)
 {
-    return as_count(call_task(loop, task, UNCANCEL, NULL));
+    if (counted_of_task(loop, task) > 0) {
+        Py_ssize_t requests = aiot_task_requests(loop, task);
+        if (requests <= 0) {
+            return requests;
+        }
+    }
+    Py_ssize_t left = as_count(call_task(loop, task, UNCANCEL, NULL));
+    if (left < 0) {
+        return -1;
+    }
+    Py_ssize_t counted = counted_of_task(loop, task);
+    if (counted > 0 && left <= counted && forget_pending(loop, task) < 0) {
+        return -1;
+    }
+    return left > counted ? left - counted : 0;
 }
 
 int
@@ -239,15 +273,253 @@ aiot_frame_deferred(const aiot_frame *frame)
     return frame->deferred == NULL ? 0 : PyList_GET_SIZE(frame->deferred);
 }
 
+/* A plain `with` cannot suspend when it is left. To raise CancelledError there and to make the request anew as well would
+ * deliver it twice: the task throws another one at its next suspension. So the task is made to count the request as soon as
+ * it is suspended: it passes cancel() on to what it waits for, which is told to answer True and to go on. Where that can't
+ * be done (the block is left before the task ever suspends, or it waits for something that takes no attributes), the
+ * request is made at the end of the block, and 3.11 and 3.12 deliver it once more, later ones unless uncancel() is called. */
+static PyObject *
+stay(PyObject *Py_UNUSED(self), PyObject *const *Py_UNUSED(args), Py_ssize_t Py_UNUSED(nargs), PyObject *Py_UNUSED(kwnames))
+{
+    Py_RETURN_TRUE;
+}
+
+static PyMethodDef stay_def = {
+    "cancel", (PyCFunction)(void (*)(void))stay, METH_FASTCALL | METH_KEYWORDS,
+    "cancel($self, /, msg=None)\n--\n\nAnswer True, and do nothing.",
+};
+
+/* Runs the task's own cancel() while what it waits for stays. 1 when that is possible, else 0, or -1. */
+static int
+cancel_and_stay(PatchObject *patch, PyObject *msg, PyObject *awaited)
+{
+    aiot_state *state = patch->loop->state;
+    if (Py_IS_TYPE(awaited, state->WaiterType)) {
+        AiotWaiter *waiter = (AiotWaiter *)awaited;
+        waiter->deaf = true;
+        int answer = as_answer(call_before(patch, CANCEL, msg));
+        waiter->deaf = false;
+        return answer;
+    }
+    PyObject *dict = PyObject_GenericGetDict(awaited, NULL);
+    if (dict == NULL) {
+        PyErr_Clear();
+        return 0;
+    }
+    PyObject *before = NULL;
+    PyObject *deaf = PyCFunction_New(&stay_def, NULL);
+    int answer = -1;
+    if (deaf != NULL && PyDict_GetItemRef(dict, state->str_cancel, &before) >= 0
+        && PyDict_SetItem(dict, state->str_cancel, deaf) == 0)
+    {
+        answer = as_answer(call_before(patch, CANCEL, msg));
+        PyObject *exc = PyErr_GetRaisedException();
+        if ((before != NULL ? PyDict_SetItem(dict, state->str_cancel, before)
+                            : PyDict_DelItem(dict, state->str_cancel)) < 0)
+        {
+            PyErr_WriteUnraisable(awaited);
+        }
+        if (exc != NULL) {
+            PyErr_SetRaisedException(exc);
+        }
+    }
+    Py_XDECREF(before);
+    Py_XDECREF(deaf);
+    Py_DECREF(dict);
+    return answer;
+}
+
+/* What the task waits for: a new reference, or NULL when it does not wait or does not tell. 0 or -1. */
+static int
+find_awaited(PatchObject *patch, PyObject **awaited)
+{
+    if (PyObject_GetOptionalAttr(patch->task, patch->loop->state->str__fut_waiter, awaited) < 0) {
+        return -1;
+    }
+    if (*awaited == Py_None) {
+        Py_CLEAR(*awaited);
+    }
+    return 0;
+}
+
+static PyObject *
+pack_request(PyObject *msg, PyObject *origin, bool counted)
+{
+    return PyTuple_Pack(3, msg == NULL ? Py_None : msg, origin == NULL ? Py_None : origin, counted ? Py_True : Py_False);
+}
+
+static bool
+is_counted(PyObject *request)
+{
+    return PyTuple_GET_ITEM(request, 2) == Py_True;
+}
+
+static int retry_soon(PatchObject *patch);
+
+/* The youngest kept request that is not counted: the list that it is in (borrowed), and its index there. */
+static PyObject *
+find_uncounted(PatchObject *patch, Py_ssize_t *index)
+{
+    aiot_frame *shield = patch->uncounted == 0 ? NULL : shield_of_task(patch->loop, patch->task);
+    for (; shield != NULL; shield = shield->outer == NULL ? NULL : shield->outer->shield) {
+        for (Py_ssize_t i = aiot_frame_deferred(shield) - 1; i >= 0; i--) {
+            if (!is_counted(PyList_GET_ITEM(shield->deferred, i))) {
+                *index = i;
+                return shield->deferred;
+            }
+        }
+    }
+    return NULL;
+}
+
+/* Counts one. 1 when that could be done, else 0, or -1. */
+static int
+count_one(PatchObject *patch, PyObject *kept, Py_ssize_t index, PyObject *awaited)
+{
+    PyObject *old = PyList_GET_ITEM(kept, index);
+    PyObject *msg = PyTuple_GET_ITEM(old, 0);
+    PyObject *request = pack_request(msg, PyTuple_GET_ITEM(old, 1), true);
+    if (request == NULL) {
+        return -1;
+    }
+    Py_INCREF(kept);
+    Py_INCREF(old);
+    int answer = cancel_and_stay(patch, msg == Py_None ? NULL : msg, awaited);
+    if (answer > 0) {
+        /* A task type of somebody else's may have a cancel() that does anything. */
+        if (index < PyList_GET_SIZE(kept) && PyList_GET_ITEM(kept, index) == old) {
+            patch->counted++;
+            patch->uncounted--;
+            answer = PyList_SetItem(kept, index, Py_NewRef(request)) < 0 ? -1 : 1;
+        }
+        else {
+            PyObject *left = call_before(patch, UNCANCEL, NULL);
+            answer = left == NULL ? -1 : 1;
+            Py_XDECREF(left);
+        }
+    }
+    Py_DECREF(old);
+    Py_DECREF(kept);
+    Py_DECREF(request);
+    return answer;
+}
+
+/* Lets the task count what its shields keep, or tries it again as soon as it is suspended. 0 or -1. */
+static int
+count_kept(PatchObject *patch)
+{
+    PyObject *kept;
+    Py_ssize_t index;
+    int answer = 1;
+    while (answer > 0 && patch->sync_users > 0 && (kept = find_uncounted(patch, &index)) != NULL) {
+        PyObject *awaited;
+        if (find_awaited(patch, &awaited) < 0) {
+            return -1;
+        }
+        if (awaited == NULL) {
+            return retry_soon(patch);
+        }
+        answer = count_one(patch, kept, index, awaited);
+        Py_DECREF(awaited);
+    }
+    return answer < 0 ? -1 : 0;
+}
+
+static PyObject *
+patched_retry(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    PatchObject *patch = (PatchObject *)op;
+    patch->retrying = false;
+    if (count_kept(patch) < 0) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef retry_def = {
+    "count_kept", patched_retry, METH_NOARGS, "Let the task count what its shields keep.",
+};
+
+static int
+retry_soon(PatchObject *patch)
+{
+    AiotLoop *loop = patch->loop;
+    if (patch->retrying || loop->loop == NULL) {
+        return 0;
+    }
+    PyObject *callback = PyCFunction_New(&retry_def, (PyObject *)patch);
+    PyObject *context = callback == NULL ? NULL : PyContext_New();
+    PyObject *names = context == NULL ? NULL : PyTuple_Pack(1, loop->state->str_context);
+    PyObject *handle = NULL;
+    if (names != NULL) {
+        PyObject *args[] = {loop->loop, callback, context};
+        handle = PyObject_VectorcallMethod(loop->state->str_call_soon, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, names);
+    }
+    patch->retrying = handle != NULL;
+    Py_XDECREF(handle);
+    Py_XDECREF(names);
+    Py_XDECREF(context);
+    Py_XDECREF(callback);
+    return patch->retrying ? 0 : -1;
+}
+
+/* No request is left but those that are counted and kept. From 3.13 on a task then doesn't throw CancelledError any more if
+ * it was about to, but only when the count is 0: let it be 0, and count them again when the task is suspended. 0 or -1. */
+static int
+forget_pending(AiotLoop *loop, PyObject *task)
+{
+    int pending = PY_VERSION_HEX < 0x030D0000 ? 0 : aiot_task_must_cancel(loop, task);
+    if (pending <= 0) {
+        return pending;
+    }
+    int failed = 0;
+    PatchObject *patch = (PatchObject *)Py_NewRef(shield_of_task(loop, task)->patch);
+    for (aiot_frame *shield = shield_of_task(loop, task); !failed && shield != NULL;
+         shield = shield->outer == NULL ? NULL : shield->outer->shield)
+    {
+        for (Py_ssize_t i = 0; !failed && i < aiot_frame_deferred(shield); i++) {
+            PyObject *old = PyList_GET_ITEM(shield->deferred, i);
+            if (!is_counted(old)) {
+                continue;
+            }
+            PyObject *request = pack_request(PyTuple_GET_ITEM(old, 0), PyTuple_GET_ITEM(old, 1), false);
+            if (request == NULL) {
+                failed = -1;
+                break;
+            }
+            failed = PyList_SetItem(shield->deferred, i, request);
+            patch->counted--;
+            patch->uncounted++;
+        }
+    }
+    /* The lists are right before anything foreign is called. */
+    Py_ssize_t left = failed ? 0 : as_count(call_before(patch, CANCELLING, NULL));
+    while (left > patch->counted) {
+        left = as_count(call_before(patch, UNCANCEL, NULL));
+    }
+    if (left < 0 || failed || retry_soon(patch) < 0) {
+        failed = -1;
+    }
+    Py_DECREF(patch);
+    return failed;
+}
+
 static int
 keep(aiot_frame *shield, AiotShield *origin, PyObject *msg)
 {
     if (shield->deferred == NULL && (shield->deferred = PyList_New(0)) == NULL) {
         return -1;
     }
-    PyObject *request = PyTuple_Pack(2, msg == NULL ? Py_None : msg, origin == NULL ? Py_None : (PyObject *)origin);
+    PyObject *request = pack_request(msg, (PyObject *)origin, false);
     int failed = request == NULL ? -1 : PyList_Append(shield->deferred, request);
     Py_XDECREF(request);
+    if (failed) {
+        return -1;
+    }
+    PatchObject *patch = (PatchObject *)Py_NewRef(shield->patch);
+    patch->uncounted++;
+    failed = count_kept(patch);
+    Py_DECREF(patch);
     return failed;
 }
 
@@ -277,11 +549,29 @@ aiot_task_cancel_from(AiotLoop *loop, PyObject *task, AiotShield *origin, PyObje
     return keep(shield, origin, msg) < 0 ? -1 : 1;
 }
 
+/* Which the task counts: kept by the next shield, or delivered. */
+static int
+hand_over_counted(aiot_frame *shield, PyObject *request)
+{
+    if (shield == NULL) {
+        return 0;
+    }
+    if (shield->deferred == NULL && (shield->deferred = PyList_New(0)) == NULL) {
+        return -1;
+    }
+    if (PyList_Append(shield->deferred, request) < 0) {
+        return -1;
+    }
+    ((PatchObject *)shield->patch)->counted++;
+    return 0;
+}
+
 Py_ssize_t
-aiot_frame_hand_over(AiotLoop *loop, aiot_frame *frame, PyObject *task)
+aiot_frame_hand_over(AiotLoop *loop, aiot_frame *frame, PyObject *task, Py_ssize_t *pending)
 {
     PyObject *requests = frame->deferred;
     frame->deferred = NULL;
+    *pending = 0;
     if (requests == NULL) {
         return 0;
     }
@@ -291,8 +581,15 @@ aiot_frame_hand_over(AiotLoop *loop, aiot_frame *frame, PyObject *task)
         PyObject *origin = PyTuple_GET_ITEM(request, 1);
         AiotShield *from = origin == Py_None ? NULL : (AiotShield *)origin;
         aiot_frame *shield = shield_of_task(loop, task);
-        delivered += shield == NULL || is_inside(shield->token, from);
-        if (aiot_task_cancel_from(loop, task, from, PyTuple_GET_ITEM(request, 0)) < 0) {
+        bool counted = is_counted(request);
+        if (shield == NULL || is_inside(shield->token, from)) {
+            shield = NULL;
+            delivered++;
+            *pending += !counted;
+        }
+        if ((counted ? hand_over_counted(shield, request)
+                     : aiot_task_cancel_from(loop, task, from, PyTuple_GET_ITEM(request, 0))) < 0)
+        {
             delivered = -1;
             break;
         }
@@ -404,8 +701,14 @@ static Py_ssize_t
 requests_from_inside(PatchObject *patch, aiot_frame *shield)
 {
     Py_ssize_t at_entry = shield->requests;
-    Py_ssize_t now = as_count(call_before(patch, CANCELLING, NULL));
+    Py_ssize_t now = aiot_task_requests(patch->loop, patch->task);
     return now < 0 ? -1 : now > at_entry ? now - at_entry : 0;
+}
+
+static PyObject *
+as_number(Py_ssize_t count)
+{
+    return count < 0 ? NULL : PyLong_FromSsize_t(count);
 }
 
 static PyObject *
@@ -419,8 +722,11 @@ patched_cancelling(PyObject *op, PyObject *Py_UNUSED(ignored))
         return NULL;
     }
     aiot_frame *shield = shield_of_task(patch->loop, patch->task);
-    if (from == NO_SHIELD || from == FROM_INSIDE || shield == NULL) {
+    if (from == NO_SHIELD || shield == NULL) {
         return call_before(patch, CANCELLING, NULL);
+    }
+    if (from == FROM_INSIDE) {
+        return as_number(aiot_task_requests(patch->loop, patch->task));
     }
     Py_ssize_t inside = from == FROM_HOST ? requests_from_inside(patch, shield) : 0;
     if (inside < 0) {
@@ -443,8 +749,11 @@ patched_uncancel(PyObject *op, PyObject *Py_UNUSED(ignored))
         return NULL;
     }
     aiot_frame *shield = shield_of_task(patch->loop, patch->task);
-    if (from == NO_SHIELD || from == FROM_INSIDE || shield == NULL) {
+    if (from == NO_SHIELD || shield == NULL) {
         return call_before(patch, UNCANCEL, NULL);
+    }
+    if (from == FROM_INSIDE) {
+        return as_number(aiot_task_take_back(patch->loop, patch->task));
     }
     if (from == FROM_HOST) {
         Py_ssize_t inside = requests_from_inside(patch, shield);
@@ -452,18 +761,27 @@ patched_uncancel(PyObject *op, PyObject *Py_UNUSED(ignored))
             return NULL;
         }
         if (inside > 0) {
-            PyObject *left = call_before(patch, UNCANCEL, NULL);
-            if (left == NULL) {
+            if (aiot_task_take_back(patch->loop, patch->task) < 0) {
                 return NULL;
             }
-            Py_DECREF(left);
             return PyLong_FromSsize_t(inside - 1);
         }
         shield = shield_of_task(patch->loop, patch->task);
     }
     Py_ssize_t kept = shield == NULL ? 0 : aiot_frame_deferred(shield);
-    if (kept > 0 && PyList_SetSlice(shield->deferred, kept - 1, kept, NULL) < 0) {
-        return NULL;
+    if (kept > 0) {
+        bool counted = is_counted(PyList_GET_ITEM(shield->deferred, kept - 1));
+        if (PyList_SetSlice(shield->deferred, kept - 1, kept, NULL) < 0) {
+            return NULL;
+        }
+        *(counted ? &patch->counted : &patch->uncounted) -= 1;
+        if (counted) {
+            PyObject *left = call_before(patch, UNCANCEL, NULL);
+            if (left == NULL) {
+                return NULL;
+            }
+            Py_DECREF(left);
+        }
     }
     return PyLong_FromSsize_t(kept > 0 ? kept - 1 : 0);
 }
@@ -638,6 +956,7 @@ frame_shield(AiotLoop *loop, aiot_frame *frame, aiot_frame *outer)
         }
     }
     patch->users++;
+    patch->sync_users += frame->sync;
     frame->patch = (PyObject *)patch;
     frame->token = token_new(loop->state);
     if (frame->token == NULL || set_current_token(loop->state, frame->token) < 0) {
@@ -665,6 +984,10 @@ frame_unshield(AiotLoop *loop, aiot_frame *frame)
     PatchObject *patch = (PatchObject *)frame->patch;
     frame->patch = NULL;
     if (patch != NULL) {
+        patch->sync_users -= frame->sync;
+        for (Py_ssize_t i = 0; i < aiot_frame_deferred(frame); i++) {
+            *(is_counted(PyList_GET_ITEM(frame->deferred, i)) ? &patch->counted : &patch->uncounted) -= 1;
+        }
         if (--patch->users == 0) {
             patch_remove(patch);
         }
@@ -673,7 +996,7 @@ frame_unshield(AiotLoop *loop, aiot_frame *frame)
 }
 
 int
-aiot_frame_push(AiotLoop *loop, aiot_frame *frame, PyObject *task, bool shielded)
+aiot_frame_push(AiotLoop *loop, aiot_frame *frame, PyObject *task, bool shielded, bool sync)
 {
     assert(frame->task == NULL && frame->deferred == NULL && frame->token == NULL);
     frame->requests = aiot_task_requests(loop, task);
@@ -683,6 +1006,7 @@ aiot_frame_push(AiotLoop *loop, aiot_frame *frame, PyObject *task, bool shielded
     aiot_frame *outer = aiot_frame_of_task(loop, task);
     frame->task = Py_NewRef(task);
     frame->outer = outer;
+    frame->sync = shielded && sync;
     if (shielded) {
         if (frame_shield(loop, frame, outer) < 0) {
             goto error;

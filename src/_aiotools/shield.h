@@ -23,13 +23,14 @@ struct aiot_frame {
     aiot_frame *shield;         /* the innermost shielded one, this included, or NULL; valid while open */
     AiotShield *token;          /* of a shielded frame: its own. Else the innermost around it, or NULL. Owned. */
     PyObject *patch;            /* of a shielded frame: what replaces the methods. Owned */
-    PyObject *deferred;         /* of a shielded frame: list of (message, origin or None), or NULL. Owned */
+    PyObject *deferred;         /* of a shielded frame: list of (message, origin or None, counted), or NULL. Owned */
     Py_ssize_t requests;        /* the task's own count of requests at entry */
+    bool sync;                  /* of a shielded frame: it can't suspend when it is left */
 };
 
 /* Opens a frame of the task that is running. 0, or -1 with an exception (RuntimeError when shielded and the task takes no
  * attributes), and then nothing has changed. */
-int aiot_frame_push(AiotLoop *loop, aiot_frame *frame, PyObject *task, bool shielded);
+int aiot_frame_push(AiotLoop *loop, aiot_frame *frame, PyObject *task, bool shielded, bool sync);
 
 /* Closes it, wherever in the stack it is. What it deferred stays in it. Runs no code of a user except the last reference to
  * its task; sets no exception. */
@@ -41,8 +42,9 @@ int aiot_frame_traverse(aiot_frame *frame, visitproc visit, void *arg);
 aiot_frame *aiot_frame_of_task(AiotLoop *loop, PyObject *task);
 
 /* Hands what a closed frame deferred to what is around it: kept there, or delivered. How many were delivered to the task
- * itself, or -1. */
-Py_ssize_t aiot_frame_hand_over(AiotLoop *loop, aiot_frame *frame, PyObject *task);
+ * itself, or -1; *pending of these are made anew, so the task throws CancelledError at its next suspension; the others
+ * are counted only, and it is for the caller to raise it. */
+Py_ssize_t aiot_frame_hand_over(AiotLoop *loop, aiot_frame *frame, PyObject *task, Py_ssize_t *pending);
 
 /* How many requests a frame holds. */
 Py_ssize_t aiot_frame_deferred(const aiot_frame *frame);

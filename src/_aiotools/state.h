@@ -18,6 +18,7 @@
     V(__module__) \
     V(_aiotools_loopstate) \
     V(_asyncio_future_blocking) \
+    V(_fut_waiter) \
     V(_must_cancel) \
     V(add_done_callback) \
     V(call_at) \

@@ -567,6 +567,9 @@ Waiter_cancel(PyObject *op, PyObject *const *args, Py_ssize_t nargs, PyObject *k
     if (nargs + nkw == 1) {
         msg = args[0];
     }
+    if (self->deaf) {
+        Py_RETURN_TRUE;
+    }
     if (self->status != AIOT_PENDING) {
         Py_RETURN_FALSE;
     }

@@ -27,6 +27,7 @@ struct AiotWaiter {
     bool blocking;              /* _asyncio_future_blocking: yielded, and not yet taken by the task */
     bool linked;
     bool wakes_task;            /* callback is the wake-up of an asyncio.Task in C */
+    bool deaf;                  /* cancel() answers True and does nothing: see shield.c */
 };
 
 /* A pending one, or one that is woken already (yielding it lets everything else that is ready run once). */

@@ -7,7 +7,9 @@ import math
 
 
 class TimerModel:
-    def __init__(self, now, interval, *, first=0.0, limit=None, overlap="allow", missed="late", grace=None, backoff=None):
+    def __init__(
+        self, now, interval, *, first=0.0, limit=None, overlap="allow", missed="late", grace=None, backoff=None
+    ):
         self.now = now
         self.interval = interval
         self.limit = limit
@@ -94,7 +96,9 @@ class TimerModel:
 
     def run(self):
         """All that is to be done now."""
-        while not self.over and not self.blocked and (self.triggers or (not self.paused and self.due(self.k) <= self.now)):
+        while (
+            not self.over and not self.blocked and (self.triggers or (not self.paused and self.due(self.k) <= self.now))
+        ):
             if self.triggers:
                 if not self.make_room():
                     return
