@@ -85,6 +85,24 @@ async def a_shield_that_holds():
         task.uncancel()
 
 
+@operation("ShieldScope")
+async def a_plain_shield_that_holds_while_its_task_waits():
+    async def work(wait):
+        try:
+            with aiotools.ShieldScope(), aiotools.ShieldScope():
+                await wait
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+
+    for wait in (asyncio.sleep(0.001), aiotools.sleep(0.001), asyncio.sleep(0)):
+        task = asyncio.create_task(work(wait))
+        await asyncio.sleep(0)
+        task.cancel("msg")
+        task.cancel()
+        task.uncancel()
+        await asyncio.wait([task])
+
+
 @operation("cancel_and_wait")
 async def tasks_that_are_cancelled():
     await aiotools.cancel_and_wait([asyncio.create_task(forever()) for _ in range(3)])
