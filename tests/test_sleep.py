@@ -466,6 +466,62 @@ class TestTime:
         await aiotools.sleep(0.001)
         await task
 
+    @pytest.mark.loop_kinds("default", "eager", "debug", reason="their type can be changed, and their time() tells")
+    @pytest.mark.parametrize("place", ["instance", "type", "base type", "class of the instance", "time.monotonic"])
+    async def test_a_clock_that_is_patched_after_it_was_read_is_believed_at_once(self, place, monkeypatch):
+        """What was seen before holds only until it changes, wherever that is; and again after it was undone."""
+        loop = asyncio.get_running_loop()
+        kind = type(loop)
+        real = time.monotonic
+
+        def deadline():
+            return aiotools.timeout(100).when()
+
+        def patch(patched):
+            if place == "instance":
+                patched.setattr(loop, "time", lambda: real() + 5000)
+            elif place == "type":
+                patched.setattr(kind, "time", lambda self: real() + 5000)
+            elif place == "base type":
+                patched.setattr(asyncio.BaseEventLoop, "time", lambda self: real() + 5000)
+            elif place == "time.monotonic":
+                patched.setattr(time, "monotonic", lambda: real() + 5000)
+            else:
+                other = type("Other", (kind,), {"time": lambda self: real() + 5000})
+                patched.setattr(loop, "__class__", other)
+
+        for _ in range(3):
+            assert 0 < deadline() - real() < 1000
+            with monkeypatch.context() as patched:
+                patch(patched)
+                for _ in range(3):
+                    assert 4000 < deadline() - real() < 6000
+            assert 0 < deadline() - real() < 1000
+
+    @pytest.mark.loop_kinds("uvloop", reason="patched on the instance only")
+    async def test_uvloop_s_clock_that_is_patched_after_it_was_read_is_believed_at_once(self):
+        loop = asyncio.get_running_loop()
+        for _ in range(3):
+            assert abs(aiotools.timeout(100).when() - loop.time() - 100) < 50
+            loop.time = lambda: 5000.0
+            assert aiotools.timeout(100).when() == 5100
+            del loop.time
+
+    @pytest.mark.loop_kinds("default", reason="changes the type more often than the interpreter numbers its versions")
+    async def test_a_loop_type_that_was_patched_a_thousand_times_is_looked_at_each_time(self):
+        loop = asyncio.get_running_loop()
+        kind = type("Often", (type(loop),), {})
+        before = type(loop)
+        loop.__class__ = kind
+        try:
+            for n in range(2500):
+                kind.time = lambda self, n=n: 1000.0 * n
+                assert aiotools.timeout(100).when() == 1000.0 * n + 100
+                del kind.time
+                assert abs(aiotools.timeout(100).when() - time.monotonic() - 100) < 50
+        finally:
+            loop.__class__ = before
+
     async def test_many_live_deadlines(self):
         tasks = [asyncio.ensure_future(aiotools.sleep(3600 + i % 7)) for i in range(2_000)]
         await aiotools.sleep(0.001)

@@ -63,12 +63,20 @@ aiot_free_list_clear(aiot_free_list *list)
 #endif
 }
 
-/* For tp_dealloc: the state of an exact type, NULL once the collector took the type apart. */
+/* For tp_dealloc: the state of an exact type, NULL once the collector took the type apart. Keeps the exception that may
+ * be on its way. */
 static inline aiot_state *
 aiot_state_for_dealloc(PyTypeObject *type)
 {
-    PyObject *module = ((PyHeapTypeObject *)type)->ht_module;
-    return module == NULL ? NULL : (aiot_state *)PyModule_GetState(module);
+    PyObject *exc = AIOT_UNLIKELY(PyErr_Occurred() != NULL) ? PyErr_GetRaisedException() : NULL;
+    aiot_state *state = (aiot_state *)PyType_GetModuleState(type);
+    if (AIOT_UNLIKELY(state == NULL)) {
+        PyErr_Clear();
+    }
+    if (AIOT_UNLIKELY(exc != NULL)) {
+        PyErr_SetRaisedException(exc);
+    }
+    return state;
 }
 
 #endif /* AIOT_FREELIST_H */

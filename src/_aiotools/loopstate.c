@@ -16,6 +16,8 @@
 
 #include "loopstate.h"
 
+#include "clockwatch.h"
+
 #include "waiter.h"
 
 #include <math.h>
@@ -259,31 +261,44 @@ has_own_time(AiotLoop *self)
     return self->dict == NULL ? 1 : PyDict_Contains(self->dict, self->state->str_time);
 }
 
-/* The version of a type changes with every change of its attributes, also inherited ones; 0 is none. */
-static inline unsigned int
-type_version(PyTypeObject *type)
+/* Is its type's time() the default loop's own, and on the real clock? Asked of the type and of the instance apart, which
+ * costs a bound method less, and what holds for the type is remembered. 1, 0 when in doubt, or -1. */
+static int
+type_has_plain_time(AiotLoop *self)
 {
-#ifdef Py_GIL_DISABLED
-    return 0;       /* not to be read without synchronisation */
-#else
-    return type->tp_version_tag;
-#endif
+    PyTypeObject *type = Py_TYPE(self->loop);
+    uint32_t epoch = aiot_clock_epoch();
+    if (AIOT_LIKELY(self->plain_seen == epoch && self->plain_type == type)) {
+        return 1;
+    }
+    bool watched = aiot_clock_watch_type(self->state, type);
+    if (type->tp_getattro != PyObject_GenericGetAttr) {
+        return 0;
+    }
+    PyObject *time = PyObject_GetAttr((PyObject *)type, self->state->str_time);
+    if (time == NULL) {
+        return -1;
+    }
+    Py_DECREF(time);
+    if (time != self->state->base_loop_time || !is_monotonic_plain(self->state)) {
+        return 0;
+    }
+    self->plain_type = type;
+    self->plain_seen = watched ? epoch : 0;
+    return 1;
 }
 
 static int
 loop_time(AiotLoop *self, double *now, bool *monotonic)
 {
-    /* What is_plain_time() said of the type holds until it changes; a bound method less for each reading. */
-    unsigned int version = type_version(Py_TYPE(self->loop));
-    if (version != 0 && version == self->plain_version) {
-        int own = has_own_time(self);
-        if (own < 0) {
-            return -1;
-        }
-        if (!own && is_monotonic_plain(self->state)) {
-            *monotonic = true;
-            return monotonic_time(self->state, now);
-        }
+    int plain = type_has_plain_time(self);
+    int own = plain > 0 ? has_own_time(self) : 0;
+    if (plain < 0 || own < 0) {
+        return -1;
+    }
+    *monotonic = plain && !own;
+    if (*monotonic) {
+        return monotonic_time(self->state, now);
     }
     PyObject *time = PyObject_GetAttr(self->loop, self->state->str_time);
     if (time == NULL) {
@@ -292,13 +307,6 @@ loop_time(AiotLoop *self, double *now, bool *monotonic)
     *monotonic = is_plain_time(self, time);
     if (*monotonic) {
         Py_DECREF(time);
-        int own = has_own_time(self);
-        if (own < 0) {
-            return -1;
-        }
-        if (!own) {
-            self->plain_version = type_version(Py_TYPE(self->loop));
-        }
         return monotonic_time(self->state, now);
     }
     PyObject *reading = PyObject_CallNoArgs(time);

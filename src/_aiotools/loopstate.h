@@ -107,12 +107,13 @@ struct AiotLoop {
     PyObject *loop;                 /* the event loop: borrowed, NULL once it is gone */
     PyObject *loop_ref;             /* weak reference that sets loop to NULL; NULL when loop is owned after all */
     PyObject *dict;                 /* its __dict__, NULL if it has none */
-    unsigned int plain_version;     /* of its type, when that had the default loop's time(); 0: not known */
     PyObject *get_loop;             /* callable that returns loop, for waiters */
     PyObject *done_future;          /* a finished asyncio.Future: what a task's wake-up takes for "go on" */
     PyObject *weakrefs;
     PyObject *table_key;            /* of a loop that takes no attribute: its key in the module's table */
     unsigned long thread;           /* where aiot_loop_get_running last found it */
+    PyTypeObject *plain_type;       /* the type that had the default loop's time() on the real clock; not owned, to compare */
+    uint32_t plain_seen;            /* aiot_clock_epoch() at that time; 0: not seen, or its changes can't be seen */
     /* wake-ups: waiters linked by their next field */
     AiotWaiter *ready_first, *ready_last;
     uint64_t ready_pushed, ready_popped;    /* callbacks, counted since ever */

@@ -5,6 +5,7 @@
 #include "cancel.h"
 #include "children.h"
 #include "clock.h"
+#include "clockwatch.h"
 #include "closing.h"
 #include "collect.h"
 #include "ctxgroup.h"
@@ -79,7 +80,11 @@ fill_state(aiot_state *state)
     PyObject *args[] = {(PyObject *)&PyBool_Type};
     state->no_loop = PyObject_Vectorcall(state->SimpleNamespace, args, 0, kwnames);
     Py_DECREF(kwnames);
-    return state->no_loop == NULL ? -1 : 0;
+    if (state->no_loop == NULL) {
+        return -1;
+    }
+    aiot_clock_watch_init(state);
+    return 0;
 }
 
 PyDoc_STRVAR(loop_counts_doc,
@@ -176,6 +181,9 @@ module_free(void *module)
 {
     aiot_state *state = aiot_state_of_module((PyObject *)module);
     module_clear((PyObject *)module);
+    if (state->has_watchers) {
+        aiot_clock_watch_fini(state);
+    }
 #define V(name, module, attribute) Py_CLEAR(state->name);
     AIOT_IMPORTS(V)
 #undef V

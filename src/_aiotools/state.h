@@ -139,6 +139,7 @@
     V(iscoroutine, "asyncio", "iscoroutine") \
     V(leave_task, "asyncio", "_leave_task") \
     V(SimpleNamespace, "types", "SimpleNamespace") \
+    V(task_cancelling, "asyncio", "Task.cancelling") \
     V(time_module_dict, "time", "__dict__") \
     V(time_monotonic, "time", "monotonic")
 
@@ -276,6 +277,8 @@ typedef struct {
     AIOT_FREE_LISTS(V)
 #undef V
     bool no_free_lists;             /* set when the module goes */
+    bool has_watchers;              /* clockwatch.h */
+    int dict_watcher, type_watcher;
 } aiot_state;
 
 extern struct PyModuleDef aiot_module_def;
@@ -292,8 +295,7 @@ aiot_state_of_module(PyObject *module)
 static inline aiot_state *
 aiot_state_of_exact_type(PyTypeObject *type)
 {
-    /* PyType_GetModuleState() without its checks, which cost as much as a small method. */
-    aiot_state *state = (aiot_state *)PyModule_GetState(((PyHeapTypeObject *)type)->ht_module);
+    aiot_state *state = (aiot_state *)PyType_GetModuleState(type);
     assert(state != NULL);
     return state;
 }

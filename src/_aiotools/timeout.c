@@ -225,7 +225,10 @@ count_requests(aiot_state *state, AiotLoop *loop, PyObject *task, AiotShield *sh
         *before = aiot_task_requests(loop, task);
     }
     else {
-        PyObject *count = PyObject_CallMethodNoArgs(task, state->str_cancelling);
+        /* The look-up is most of what the call costs, and the type of all common tasks cannot be changed. */
+        PyObject *count = (PyObject *)Py_TYPE(task) == state->asyncio_Task
+                              ? PyObject_CallOneArg(state->task_cancelling, task)
+                              : PyObject_CallMethodNoArgs(task, state->str_cancelling);
         if (count == NULL) {
             return -1;
         }
@@ -865,7 +868,6 @@ static PyType_Spec StepMethod_spec = {
     .slots = StepMethod_slots,
 };
 
-/* Puts it into the type, which nobody has seen yet. */
 static int
 add_step_method(aiot_state *state, const PyMethodDef *def, bool is_exit)
 {
@@ -878,9 +880,8 @@ add_step_method(aiot_state *state, const PyMethodDef *def, bool is_exit)
     method->owner = (PyTypeObject *)Py_NewRef((PyObject *)state->TimeoutType);
     method->def = def;
     method->is_exit = is_exit;
-    int failed = PyDict_SetItemString(state->TimeoutType->tp_dict, def->ml_name, (PyObject *)method);
+    int failed = PyObject_SetAttrString((PyObject *)state->TimeoutType, def->ml_name, (PyObject *)method);
     Py_DECREF(method);
-    PyType_Modified(state->TimeoutType);
     return failed;
 }
 
@@ -1106,9 +1107,6 @@ static PyType_Slot Timeout_slots[] = {
     {Py_tp_repr, Timeout_repr},
     {Py_tp_getattro, Timeout_getattro},
     {Py_tp_call, PyVectorcall_Call},
-    {Py_am_await, Timeout_await},
-    {Py_am_send, Timeout_send},
-    {Py_tp_iternext, Timeout_next},
     {Py_tp_traverse, Timeout_traverse},
     {Py_tp_clear, Timeout_clear},
     {Py_tp_dealloc, Timeout_dealloc},
@@ -1118,7 +1116,8 @@ static PyType_Slot Timeout_slots[] = {
 static PyType_Spec Timeout_spec = {
     .name = "aiotools._aiotools.Timeout",
     .basicsize = sizeof(TimeoutObject),
-    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_HAVE_VECTORCALL,
+    /* Frozen by complete_type(). */
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL,
     .slots = Timeout_slots,
 };
 
@@ -1196,19 +1195,26 @@ static PyMethodDef timeout_functions[] = {
     {NULL, NULL, 0, NULL},
 };
 
-/* The slots that serve `async with` are nobody else's business: their wrappers go, so that a Timeout is no Awaitable to
- * those who look. */
+/* What a PyType_Spec can't say, before anybody has seen the type. */
 static int
-hide_slots(PyTypeObject *type)
+complete_type(aiot_state *state)
 {
-    static const char *const names[] = {"__await__", "__next__", "__call__"};
-    for (size_t i = 0; i < Py_ARRAY_LENGTH(names); i++) {
-        if (PyDict_DelItemString(type->tp_dict, names[i]) < 0) {
-            return -1;
-        }
+    PyTypeObject *type = state->TimeoutType;
+    if (add_step_method(state, &aenter_def, false) < 0 || add_step_method(state, &aexit_def, true) < 0) {
+        return -1;
     }
+    /* These serve `async with` and are nobody else's business: set here they have no __await__ and no __next__, and a
+     * Timeout is no Awaitable to those who look. */
+    type->tp_as_async->am_await = Timeout_await;
+    type->tp_as_async->am_send = Timeout_send;
+    type->tp_iternext = Timeout_next;
+#if PY_VERSION_HEX >= 0x030E0000
+    return PyType_Freeze(type);
+#else
+    type->tp_flags |= Py_TPFLAGS_IMMUTABLETYPE;
     PyType_Modified(type);
     return 0;
+#endif
 }
 
 int
@@ -1223,9 +1229,7 @@ aiot_timeout_add_types(PyObject *module)
         return -1;
     }
     if (aiot_add_type(module, &state->TimeoutMethodType, &StepMethod_spec, NULL, false) < 0
-        || add_step_method(state, &aenter_def, false) < 0
-        || add_step_method(state, &aexit_def, true) < 0
-        || hide_slots(state->TimeoutType) < 0)
+        || complete_type(state) < 0)
     {
         return -1;
     }
