@@ -428,7 +428,8 @@ def main(seed, steps, kind="default"):
         for _ in range(100):
             pending = [task for task in asyncio.all_tasks(loop) if not task.done()]
             for task in pending:
-                task.cancel()
+                with contextlib.suppress(Exception):  # in debug mode call_soon() looks at the callbacks that it is given
+                    task.cancel()
             loop.call_soon(loop.stop)
             loop.run_forever()
         loop.close()

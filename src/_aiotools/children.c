@@ -432,6 +432,21 @@ young_add(AiotChildren *self, PyObject *task, Py_ssize_t index)
     return 0;
 }
 
+/* Of one that was just added, after the loop was called: others may have come or gone meanwhile. */
+static void
+young_forget(AiotChildren *self, PyObject *task)
+{
+    for (Py_ssize_t i = self->n_young - 1; i >= 0; i--) {
+        if (self->young[i].task == task) {
+            self->n_young--;
+            self->n_children--;
+            memmove(&self->young[i], &self->young[i + 1], (size_t)(self->n_young - i) * sizeof(aiot_young));
+            Py_DECREF(task);
+            return;
+        }
+    }
+}
+
 /* An end that was found. What ended() raises is reported here, as the loop would. 0, or -1 with SystemExit or
  * KeyboardInterrupt. */
 static int
@@ -563,12 +578,15 @@ settle_one(AiotChildren *self, Py_ssize_t i)
     return failed;
 }
 
-/* Is that one done? It may be gone after this. 1, 0 or -1. */
+/* Is that one there still, and done? A done() of a user's may have settled it meanwhile. 1, 0 or -1. */
 static int
 young_is_done(AiotChildren *self, Py_ssize_t i)
 {
     PyObject *task = Py_NewRef(self->young[i].task);
     int done = is_done(self->loop->state, task);
+    if (done > 0 && (i >= self->n_young || self->young[i].task != task)) {
+        done = 0;
+    }
     Py_DECREF(task);
     return done;
 }
@@ -704,9 +722,7 @@ child_link(AiotChildren *self, PyObject *task, Py_ssize_t index)
             if (self->ops->lazy || self->sweeps_asked > 0 || ask_for_sweep(self) == 0) {
                 return 0;
             }
-            self->n_young--;
-            self->n_children--;
-            Py_DECREF(task);
+            young_forget(self, task);
         }
     }
     else if (node_add(self, task, index) == 0) {

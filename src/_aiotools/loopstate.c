@@ -75,6 +75,10 @@ static PyObject *
 loop_schedule(AiotLoop *self, PyObject *name, PyObject *first, PyObject *second, PyObject *context)
 {
     PyObject *fresh = NULL;
+    if (self->loop == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "Event loop is closed");
+        return NULL;
+    }
     if (context == NULL) {
         context = fresh = PyContext_New();
         if (fresh == NULL) {
@@ -129,6 +133,10 @@ aiot_loop_report(AiotLoop *self, const char *message, PyObject *key, PyObject *v
     aiot_state *state = self->state;
     if (PyErr_ExceptionMatches(PyExc_SystemExit) || PyErr_ExceptionMatches(PyExc_KeyboardInterrupt)) {
         return -1;
+    }
+    if (self->loop == NULL) {
+        PyErr_WriteUnraisable((PyObject *)self);
+        return 0;
     }
     PyObject *exc = PyErr_GetRaisedException();
     PyObject *text = PyUnicode_FromString(message);
