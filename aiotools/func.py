@@ -110,7 +110,7 @@ def lru_cache(
     The behaviour is that of ``alru_cache`` of the package async-lru, where expire_after is called ttl and jitter comes from;
     to serve what is stale while it is made anew is HTTP's stale-while-revalidate (RFC 5861).
     """
-    options = {
+    options: dict[str, Any] = {
         "typed": typed,
         "expire_after": expire_after,
         "jitter": jitter,

@@ -331,7 +331,7 @@ async def race(
             raise
         if not crew.spawned:
             raise ValueError("race() needs at least one coroutine")
-        outcome = await crew.outcome()
+        outcome: Any = await crew.outcome()
         if type(outcome) is list:
             try:
                 raise ExceptionGroup("All coroutines have failed in race()", outcome)
