@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import collections
 import concurrent.futures
 import functools
@@ -37,27 +38,44 @@ class _Thread(threading.Thread):
     """The thread of a LoopThread; tells it from others in threading.enumerate()."""
 
     def __init__(self, owner: LoopThread, name: str | None, daemon: bool) -> None:
-        super().__init__(name=name, daemon=daemon)
+        super().__init__(name=name, daemon=daemon or not _ends_before_joining)
         self.owner = owner
+        self.asked_daemon = daemon
 
     def run(self) -> None:
         self.owner._run_loop()
 
 
-def _stop_all_at_exit() -> None:
-    for thread in threading.enumerate():
-        if isinstance(thread, _Thread):
-            thread.owner._at_exit = True
-            thread.owner._request_stop(drain=False)
+def _stop_all_at_exit(*, join: bool = False) -> None:
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, _Thread)]
+    for thread in threads:
+        thread.owner._at_exit = True
+        thread.owner._request_stop(drain=False)
+    for thread in threads:
+        if join and not thread.asked_daemon:
+            thread.join()
 
 
-# threading joins all threads that are no daemons before atexit's functions run, so a loop that
-# runs on would hang the interpreter's exit. This is the hook from which concurrent.futures stops
-# its threads. It refuses at exit itself; then no thread can be started any more.
-try:
-    threading._register_atexit(_stop_all_at_exit)  # type: ignore[attr-defined]
-except RuntimeError:  # pragma: no cover
-    pass
+def _hook_exit() -> bool:
+    """See to it that loops are stopped at exit; whether that comes before threading joins their threads.
+
+    threading joins all threads that are no daemons before atexit's functions run, so a loop that runs on would hang the
+    interpreter's exit. It has a hook of its own, from which concurrent.futures stops its threads; the hook is private, so
+    one day it may be gone. Then the threads are daemons, and atexit joins those that were not meant to be.
+    """
+    register = getattr(threading, "_register_atexit", None)
+    if register is None:
+        atexit.register(_stop_all_at_exit, join=True)
+        return False
+    try:
+        register(_stop_all_at_exit)
+    except RuntimeError:
+        # It refuses at exit itself; then no thread can be started any more.
+        pass
+    return True
+
+
+_ends_before_joining = _hook_exit()
 
 
 class _Future(concurrent.futures.Future[_T]):
@@ -236,7 +254,7 @@ class LoopThread:
     @property
     def daemon(self) -> bool:
         """Whether the interpreter may exit without waiting for the thread."""
-        return self._thread.daemon
+        return self._thread.asked_daemon
 
     @property
     def ident(self) -> int | None:

@@ -837,6 +837,13 @@ PROGRAM = """
 """
 
 
+# A threading without its private hook. concurrent.futures uses it too, and is imported before.
+WITHOUT_HOOK = """
+    import concurrent.futures.thread, threading
+    del threading._register_atexit
+"""
+
+
 class TestInterpreterExit:
     @pytest.mark.loop_kinds("default", "uvloop", reason="each case is an interpreter of its own")
     @pytest.mark.parametrize(
@@ -848,9 +855,10 @@ class TestInterpreterExit:
             ("plain", "1/0", 1),
         ],
     )
-    def test_with_a_running_loop_neither_hangs_nor_crashes(self, loop_kind, kind, ending, status):
+    @pytest.mark.parametrize("before", ["", WITHOUT_HOOK], ids=["hook", "no-hook"])
+    def test_with_a_running_loop_neither_hangs_nor_crashes(self, loop_kind, before, kind, ending, status):
         done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(PROGRAM) + ending, loop_kind, kind],
+            [sys.executable, "-c", textwrap.dedent(before) + textwrap.dedent(PROGRAM) + ending, loop_kind, kind],
             capture_output=True,
             text=True,
             timeout=LONG,
@@ -860,3 +868,20 @@ class TestInterpreterExit:
             assert done.stdout == "cleaned up\n"
         if not ending:
             assert done.stderr == ""
+
+    @pytest.mark.loop_kinds("default", reason="each case is an interpreter of its own")
+    def test_without_the_hook_of_threading_daemon_says_what_was_asked(self, loop_kind):
+        program = """
+            from aiotools.thread import LoopThread
+
+            for daemon in (False, True):
+                with LoopThread(daemon=daemon) as lt:
+                    assert lt.daemon is daemon
+        """
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(WITHOUT_HOOK) + textwrap.dedent(program)],
+            capture_output=True,
+            text=True,
+            timeout=LONG,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
