@@ -94,8 +94,11 @@ flight_settle_lock_held(FlightObject *self, aiot_lru_flight_state state, PyObjec
     if (state != LANDED && value != NULL) {
         self->traceback = PyException_GetTraceback(value);
     }
-    for (aiot_link *link = self->waiting.next; link != &self->waiting; link = link->next) {
-        CallObject *call = AIOT_CONTAINER_OF(link, CallObject, link);
+    /* Waking calls the loop, and calls may leave meanwhile. */
+    aiot_link *first;
+    while ((first = aiot_link_first(&self->waiting)) != NULL) {
+        CallObject *call = AIOT_CONTAINER_OF(first, CallObject, link);
+        aiot_link_remove(first);
         if (call->waiter != NULL) {
             aiot_waiter_wake_quietly(call->waiter);
         }
