@@ -105,3 +105,9 @@ def test_every_page_is_in_the_table_of_contents():
     index = pages()["index"]
     listed = set(re.findall(r"^   ([\w-]+)$", index, re.M))
     assert listed == set(pages()) - {"index"}
+
+
+def test_every_example_is_named():
+    text = pages()["first-steps"]
+    for path in (DOCS.parent / "examples").glob("*.py"):
+        assert f"``{path.name}``" in text, path.name
