@@ -66,8 +66,9 @@ test: build ## the suite on all loop kinds
 	    $(PYTEST) $(ARGS) --last-failed --last-failed-no-failures=none; }
 
 .PHONY: demo
-demo: build ## a service with 1,000 clients on both loops, then with workers, a rolling restart and a kill in the middle
+demo: build ## a service with 1,000 clients on both loops, a crawler with a limit, a service with workers, reloaded and shot at
 	$(PY) examples/line_service.py
+	$(PY) examples/crawl.py
 	$(PY) examples/workers_demo.py
 
 .PHONY: test-c

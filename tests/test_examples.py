@@ -11,7 +11,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 pytestmark = pytest.mark.skipif(not EXAMPLES.exists(), reason="runs where the examples are")
 
-DEMO = {"line_service", "workers_demo"}
+DEMO = {"crawl", "line_service", "workers_demo"}
 
 
 @pytest.mark.parametrize("name", sorted({path.stem for path in EXAMPLES.glob("*.py")} - DEMO))
