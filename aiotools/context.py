@@ -156,7 +156,11 @@ class AsyncContextGroup:
     Tasks and contexts: unless *same_task* is given, each ``__aenter__`` and each ``__aexit__`` runs
     in a task other than the caller's, with a copy of the caller's context of its own.  One that
     suspends has this task for itself from then on; those that do not suspend share a
-    task with one another and with the next one that does.  Managers begin in order.
+    task with one another and with the next one that does.  Managers begin in order.  The tasks are
+    made by ``loop.create_task()`` where that was replaced or a task factory is set.  Elsewhere, from
+    Python 3.12 on, they start eagerly: managers may begin before the caller suspends, and if none
+    of them suspends, the caller does not either.  From 3.14 on the call graph shows the tasks as
+    awaited by the caller.
 
     Raises:
         TypeError: a member is no asynchronous context manager.

@@ -4,6 +4,7 @@ import asyncio
 import collections.abc
 import contextlib
 import contextvars
+import copy
 import functools
 import gc
 import inspect
@@ -157,6 +158,24 @@ async def raises_an_interrupt_after(log, suspend):
     raise KeyboardInterrupt
 
 
+async def raises_an_interrupt_before(log, suspend):
+    await turn(suspend)
+    raise KeyboardInterrupt
+    yield
+
+
+async def returns_before(log, suspend):
+    await turn(suspend)
+    return
+    yield
+
+
+async def raises_a_cancellation_after(log, suspend):
+    yield
+    await turn(suspend)
+    raise asyncio.CancelledError("own")
+
+
 async def swallows(log, suspend):
     try:
         yield 1
@@ -266,6 +285,50 @@ async def raises_a_stop_instead(log, suspend):
         raise StopAsyncIteration("instead")
 
 
+async def raises_a_stop_iteration_instead(log, suspend):
+    try:
+        yield 1
+    except BaseException:
+        await turn(suspend)
+        raise StopIteration("instead")
+
+
+async def raises_an_exit_instead(log, suspend):
+    try:
+        yield 1
+    except BaseException:
+        await turn(suspend)
+        raise GeneratorExit("instead")
+
+
+async def raises_an_interrupt_instead(log, suspend):
+    try:
+        yield 1
+    except BaseException:
+        await turn(suspend)
+        raise KeyboardInterrupt("instead")
+
+
+async def raises_its_context_instead(log, suspend):
+    try:
+        yield 1
+    except BaseException as exc:
+        await turn(suspend)
+        raise (exc.__context__ or exc.__cause__ or exc)
+
+
+async def catches_and_raises_in_finally(log, suspend):
+    try:
+        try:
+            yield 1
+        finally:
+            await turn(suspend)
+            raise Error("first")
+    except Error as exc:
+        log.append(repr(exc.__context__))
+        raise KeyError("second") from exc
+
+
 async def fails_in_finally(log, suspend):
     try:
         yield 1
@@ -346,7 +409,7 @@ def describe(exc, seen=()):
     """All that matters of an exception, apart from frames outside this file."""
     if exc is None:
         return None
-    if exc in map(id, seen):
+    if id(exc) in seen:
         return "..."
     seen = (*seen, id(exc))
     frames = [
@@ -556,6 +619,70 @@ class TestBesideContextlib:
                 await task
             assert log == [asyncio.CancelledError]
             assert task.cancelled()
+
+    async def test_a_generator_that_was_closed_in_the_block_ends_the_same(self):
+        async def ended(decorate, fails, again):
+            log = []
+
+            @decorate
+            async def manager():
+                try:
+                    yield
+                except BaseException as exc:
+                    log.append(repr(exc))
+                    await asyncio.sleep(0)
+                    raise
+
+            made = manager()
+            try:
+                async with made:
+                    await made.gen.aclose()
+                    if again:
+                        await made.gen.aclose()
+                    if fails:
+                        raise Error("body")
+            except BaseException as exc:
+                log.append(describe(exc))
+            return log
+
+        for fails in (False, True):
+            for again in (False, True):
+                theirs = await ended(contextlib.asynccontextmanager, fails, again)
+                assert await ended(actxmgr, fails, again) == theirs
+
+    async def test_a_generator_that_is_running_is_not_run_by_another(self):
+        async def ended(decorate):
+            log = []
+            leaving, go_on = asyncio.Event(), asyncio.Event()
+
+            @decorate
+            async def manager():
+                try:
+                    yield
+                finally:
+                    leaving.set()
+                    await go_on.wait()
+
+            made = manager()
+
+            async def use():
+                async with made:
+                    pass
+
+            task = asyncio.create_task(use())
+            await leaving.wait()
+            for info in [(None, None, None), (Error, Error("other"), None)]:
+                try:
+                    await made.__aexit__(*info)
+                except BaseException as exc:
+                    log.append((type(exc), str(exc)))
+            go_on.set()
+            await task
+            return log
+
+        theirs = await ended(contextlib.asynccontextmanager)
+        assert await ended(actxmgr) == theirs
+        assert [kind for kind, _ in theirs] == [RuntimeError] * 2
 
     @BOTH
     async def test_the_loop_closes_a_generator_that_was_left_half_way(self, decorate, new_loop):
@@ -898,6 +1025,52 @@ class TestManager:
         manager.extra = 1
         assert manager.extra == 1
         assert weakref.ref(manager)() is manager
+
+    @BOTH
+    async def test_a_copy_shares_the_generator_and_not_the_attributes(self, decorate):
+        manager = decorate(ends_normally)([], False)
+        manager.attribute = 5
+        twin = copy.copy(manager)
+        assert type(twin) is type(manager)
+        assert twin.gen is manager.gen
+        assert (twin.func, twin.args, twin.kwds) == (manager.func, manager.args, manager.kwds)
+        twin.attribute = 6
+        assert manager.attribute == 5
+        async with manager as value:
+            assert value == "value"
+        # What was entered is the generator; its end is all that is left for the copy.
+        assert twin.args == ([], False) or twin.args[0] == ["after"]
+        with pytest.raises(RuntimeError, match="didn't yield"):
+            await twin.__aenter__()
+
+    @BOTH
+    async def test_a_copy_of_one_that_was_entered_was_entered_too(self, decorate):
+        manager = decorate(ends_normally)([], False)
+        await manager.__aenter__()
+        twin = copy.copy(manager)
+        with pytest.raises(AttributeError):
+            twin.args  # noqa: B018
+        assert not await twin.__aexit__(None, None, None)
+
+    @BOTH
+    def test_managers_cannot_be_pickled_nor_copied_deeply(self, decorate):
+        manager = decorate(ends_normally)([], False)
+        for make in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match="cannot pickle"):
+                make(manager)
+
+    async def test_a_subclass_is_copied_as_what_it_is(self):
+        class Mine(AsyncContextManager):
+            pass
+
+        class Sends(_aiotools.SendingContextManager):
+            yield_return = 1
+
+        for cls in (Mine, Sends):
+            twin = copy.copy(cls(ends_normally, ([], False), {}))
+            assert type(twin) is cls
+            async with twin as value:
+                assert value == "value"
 
     def test_is_a_virtual_subclass_of_the_abstract_one(self):
         manager = actxmgr(ends_normally)([], False)

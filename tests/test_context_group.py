@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import functools
 import gc
 import sys
 import weakref
@@ -890,6 +891,82 @@ class TestCancelEverywhere:
             raise AssertionError("the scenario never ended")
         assert turn > 4
 
+    @pytest.mark.parametrize("strict", [False, True])
+    @pytest.mark.parametrize("n", [1, 2, 3, 7])
+    async def test_nothing_stays_entered_of_n_managers(self, n, strict):
+        for turn in range(200):
+            ledger = Ledger()
+            managers = [ledger(i, turns=2) for i in range(n)]
+
+            async def use(managers=managers):
+                async with AsyncContextGroup(managers, strict=strict):
+                    await asyncio.sleep(0)
+
+            task = asyncio.create_task(use())
+            for _ in range(turn):
+                await asyncio.sleep(0)
+            was_done = task.done()
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled() != was_done
+            assert ledger.open == 0, (turn, ledger.trace)
+            if was_done:
+                break
+        else:
+            raise AssertionError("the scenario never ended")
+        assert turn > 4
+
+    @pytest.mark.parametrize("configuration", ["default", "strict", "limit", "sequential", "same task", "strict levels"])
+    async def test_managers_that_hang_when_they_are_left_do_not_keep_it(self, configuration):
+        never = asyncio.Event()
+        for turn in range(20):
+            ledger = Ledger()
+            managers = [ledger(n, turns=n % 2, hang=never) for n in range(4)]
+            group = AsyncContextGroup(**CONFIGURATIONS[configuration], rollback_timeout=0)
+            for n, manager in enumerate(managers):
+                group.add(manager, after=managers[n - 2] if "levels" in configuration and n > 1 else None)
+
+            async def use(group=group):
+                async with group:
+                    pass
+
+            task = asyncio.create_task(use())
+            for _ in range(turn):
+                await asyncio.sleep(0)
+            while not task.done():
+                # One request ends what is being left right now. Those that are left one by one take one each.
+                task.cancel()
+                for _ in range(10):
+                    await asyncio.sleep(0)
+            assert task.cancelled()
+            assert ledger.open == 0, (turn, ledger.trace)
+            assert sorted(ledger.names("enter")) == sorted(ledger.names("exit"))
+
+    @pytest.mark.parametrize("strict", [False, True])
+    async def test_managers_that_share_their_state_give_back_what_they_took(self, strict):
+        """The same semaphore is in the group several times, more often than it has places."""
+        for count in (2, 3):
+            for turn in range(20):
+                semaphore = asyncio.Semaphore(2)
+
+                async def use(semaphore=semaphore, count=count):
+                    async with AsyncContextGroup([semaphore] * count, strict=strict):
+                        await asyncio.sleep(0)
+
+                task = asyncio.create_task(use())
+                for _ in range(turn):
+                    await asyncio.sleep(0)
+                was_done = task.done()
+                assert not was_done or count == 2
+                task.cancel()
+                await asyncio.wait([task])
+                assert task.cancelled() != was_done
+                # Both places are there again.
+                await semaphore.acquire()
+                assert not semaphore.locked()
+                await semaphore.acquire()
+                assert semaphore.locked()
+
     async def test_the_message_is_passed_on(self, ledger):
         seen = []
 
@@ -1005,6 +1082,108 @@ class TestOddities:
                     pass
         finally:
             loop.set_task_factory(None)
+        assert ledger.open == 0
+
+    async def test_tasks_are_made_by_the_loop_if_its_method_was_replaced(self, ledger, monkeypatch):
+        made = []
+        loop = asyncio.get_running_loop()
+        create_task = loop.create_task
+
+        def create(coro, **options):
+            made.append(create_task(coro, **options))
+            return made[-1]
+
+        monkeypatch.setattr(loop, "create_task", create)
+        managers = [ledger(n, turns=1) for n in range(3)]
+        async with AsyncContextGroup(managers):
+            pass
+        assert {task for manager in managers for task in manager.tasks} == set(made)
+
+    async def test_tasks_are_made_by_a_task_factory(self, ledger):
+        made = []
+        loop = asyncio.get_running_loop()
+        factory = loop.get_task_factory()
+
+        def create(loop, coro, **options):
+            make = asyncio.Task if factory is None else functools.partial(factory, loop)
+            made.append(make(coro, **options))
+            return made[-1]
+
+        managers = [ledger(n, turns=1) for n in range(3)]
+        loop.set_task_factory(create)
+        try:
+            async with AsyncContextGroup(managers):
+                pass
+        finally:
+            loop.set_task_factory(factory)
+        assert {task for manager in managers for task in manager.tasks} == set(made)
+
+    @pytest.mark.parametrize("end", ["returns", "cancelled"])
+    async def test_a_task_factory_may_wrap_the_coroutine(self, ledger, end):
+        """The task ends later than what runs in it."""
+        loop = asyncio.get_running_loop()
+        factory = loop.get_task_factory()
+        log = []
+
+        async def wrap(coro):
+            try:
+                return await coro
+            finally:
+                await asyncio.sleep(0)
+                log.append("task over")
+
+        def create(loop, coro, **options):
+            return asyncio.Task(wrap(coro), **{"loop": loop, **options})
+
+        never = asyncio.Event()
+        managers = [ledger(n, turns=1, hang=never if end == "cancelled" else None) for n in range(3)]
+
+        async def use():
+            async with AsyncContextGroup(managers):
+                pass
+
+        task = asyncio.ensure_future(use())
+        loop.set_task_factory(create)
+        try:
+            for _ in range(10):
+                await asyncio.sleep(0)
+            if end == "cancelled":
+                task.cancel()
+            await asyncio.wait([task])
+        finally:
+            loop.set_task_factory(factory)
+        assert task.cancelled() == (end == "cancelled")
+        assert ledger.open == 0
+        while asyncio.all_tasks() != {asyncio.current_task()}:
+            await asyncio.sleep(0)
+        assert set(log) == {"task over"}
+
+    async def test_a_task_may_be_cancelled_before_it_begins(self, ledger):
+        """Where tasks do not start eagerly: what asyncio.run() does at its end, to a group that has just begun."""
+        loop = asyncio.get_running_loop()
+        factory = loop.get_task_factory()
+        made = []
+
+        def create(loop, coro, **options):
+            made.append(asyncio.Task(coro, **{"loop": loop, **options}))
+            return made[-1]
+
+        async def use():
+            async with AsyncContextGroup([ledger(0), ledger(1, turns=1)]) as values:
+                outcome.extend(values)
+
+        outcome = []
+        step = use()
+        loop.set_task_factory(create)
+        try:
+            task = asyncio.ensure_future(step)
+            while len(made) < 2:
+                await asyncio.sleep(0)
+            made[1].cancel()
+            await asyncio.wait([task])
+        finally:
+            loop.set_task_factory(factory)
+        assert made[1].cancelled()
         assert ledger.open == 0
 
     async def test_a_group_may_be_entered_by_a_manager_of_a_group(self, ledger):

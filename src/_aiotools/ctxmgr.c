@@ -781,6 +781,39 @@ CtxMgr_recreate(PyObject *op, PyObject *Py_UNUSED(ignored))
     return copy;
 }
 
+PyDoc_STRVAR(CtxMgr_copy_doc,
+"__copy__($self, /)\n--\n\n"
+"A manager of the same generator, as copy.copy() makes one.");
+
+/* Objects of Python are copied by their dict. What is here in C has to be copied as well. */
+static PyObject *
+CtxMgr_copy(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    CtxMgrObject *self = (CtxMgrObject *)op;
+    CtxMgrObject *copy = (CtxMgrObject *)Py_TYPE(op)->tp_alloc(Py_TYPE(op), 0);
+    if (copy == NULL) {
+        return NULL;
+    }
+    PyObject *dict;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    copy->gen = Py_XNewRef(self->gen);
+    copy->func = Py_XNewRef(self->func);
+    copy->args = Py_XNewRef(self->args);
+    copy->kwds = Py_XNewRef(self->kwds);
+    copy->entered = self->entered;
+    copy->sends = self->sends;
+    dict = Py_XNewRef(self->dict);
+    Py_END_CRITICAL_SECTION();
+    if (dict != NULL) {
+        copy->dict = PyDict_Copy(dict);
+        Py_DECREF(dict);
+        if (copy->dict == NULL) {
+            Py_CLEAR(copy);
+        }
+    }
+    return (PyObject *)copy;
+}
+
 /* The decorator is contextlib's, which knows what kinds of functions this Python can decorate. */
 static PyObject *
 CtxMgr_call(PyObject *op, PyObject *args, PyObject *kwargs)
@@ -948,6 +981,7 @@ CtxMgr_dealloc(PyObject *op)
 static PyMethodDef CtxMgr_methods[] = {
     {"__aenter__", CtxMgr_aenter, METH_NOARGS, CtxMgr_aenter_doc},
     {"__aexit__", (PyCFunction)(void (*)(void))CtxMgr_aexit, METH_FASTCALL, CtxMgr_aexit_doc},
+    {"__copy__", CtxMgr_copy, METH_NOARGS, CtxMgr_copy_doc},
     {"_recreate_cm", CtxMgr_recreate, METH_NOARGS, CtxMgr_recreate_doc},
     {"__class_getitem__", Py_GenericAlias, METH_O | METH_CLASS, "AsyncContextManager[T]: of a T, for annotations."},
     {NULL, NULL, 0, NULL},
