@@ -916,7 +916,9 @@ class TestCancelEverywhere:
             raise AssertionError("the scenario never ended")
         assert turn > 4
 
-    @pytest.mark.parametrize("configuration", ["default", "strict", "limit", "sequential", "same task", "strict levels"])
+    @pytest.mark.parametrize(
+        "configuration", ["default", "strict", "limit", "sequential", "same task", "strict levels"]
+    )
     async def test_managers_that_hang_when_they_are_left_do_not_keep_it(self, configuration):
         never = asyncio.Event()
         for turn in range(20):
