@@ -32,11 +32,12 @@ def test_services_start_in_levels_and_are_rolled_back_in_reverse():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     scenarios = {}
+    said = []
     for line in done.stdout.splitlines():
         if line.startswith(" "):
-            lines.append(line.partition(" ms  ")[2])
+            said.append(line.partition(" ms  ")[2])
         else:
-            lines = scenarios.setdefault(line.rstrip(":"), [])
+            said = scenarios[line.rstrip(":")] = []
     assert list(scenarios) == ["all is well", "the port is taken", "the start is cancelled"]
     for name, lines in scenarios.items():
         place = lines.index
