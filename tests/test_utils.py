@@ -289,9 +289,15 @@ class TestRace:
         with pytest.raises(ValueError):
             await race([], continue_on_error=continue_on_error)
 
-    async def test_a_child_that_cancels_itself_decides(self):
-        with pytest.raises(asyncio.CancelledError):
-            await race([cancel_self(), forever()], continue_on_error=True)
+    @pytest.mark.parametrize("limit", [None, 2])
+    @pytest.mark.parametrize("continue_on_error", [False, True])
+    async def test_a_child_that_cancels_itself_decides(self, continue_on_error, limit):
+        async def child():
+            asyncio.current_task().cancel("by itself")
+            await asyncio.sleep(0)
+
+        with pytest.raises(asyncio.CancelledError, match="by itself"):
+            await race([child(), forever()], continue_on_error=continue_on_error, limit=limit)
         assert asyncio.current_task().cancelling() == 0
 
     async def test_with_a_limit_the_next_one_starts_when_one_has_failed(self):

@@ -89,12 +89,15 @@ decides(CrewObject *self, PyObject *task)
     if (self->mode == RACE) {
         return 1;
     }
+    /* A task gives its CancelledError away once: what outcome_of() raises must be the one with the arguments. */
+    PyObject *cancelled = PyObject_CallMethodNoArgs(task, state->str_cancelled);
+    int is_cancelled = cancelled == NULL ? -1 : PyObject_IsTrue(cancelled);
+    Py_XDECREF(cancelled);
+    if (is_cancelled != 0) {
+        return is_cancelled;
+    }
     PyObject *exc = PyObject_CallMethodNoArgs(task, state->str_exception);
     if (exc == NULL) {
-        if (PyErr_ExceptionMatches(state->CancelledError)) {
-            PyErr_Clear();
-            return 1;
-        }
         return -1;
     }
     int answer = 1;
