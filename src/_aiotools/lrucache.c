@@ -50,21 +50,21 @@ cache_hit_lock_held(CacheObject *self, aiot_state *state, AiotLoop *loop, PyObje
     return *result == NULL ? -1 : 1;
 }
 
-/* Whether the running loop is one that the cache is used on; anything else is said when the call is awaited. *loop is the one
- * of the cache, borrowed, or NULL. */
+/* Whether the running loop is the one of the cache (*loop, borrowed); any will do when it is shared, and *loop is NULL.
+ * Anything else is said when the call is awaited. */
 static bool
 cache_is_at_home(CacheObject *self, aiot_state *state, AiotLoop **loop)
 {
     *loop = self->loop;
-    if (*loop == NULL && !self->shared) {
-        return false;
+    if (*loop == NULL) {
+        return self->shared;
     }
     PyObject *running = aiot_call_noargs(state->maybe_running_loop);
     if (running == NULL) {
         PyErr_Clear();
         return false;
     }
-    bool at_home = self->shared ? running != Py_None : running == (*loop)->loop;
+    bool at_home = running == (*loop)->loop;
     Py_DECREF(running);
     return at_home;
 }
