@@ -217,6 +217,8 @@ class TaskContext:
     _entered: bool
     _exiting: bool
     _expired: bool
+    _n_done: int
+    _n_failed: int
     _gate: Gate
     _tasks: set[Task[Any]]
     def __init__(
@@ -291,6 +293,8 @@ class _TaskGroupCore:
     _entered: bool
     _exiting: bool
     _expired: bool
+    _n_done: int
+    _n_failed: int
     _gate: Gate
     _tasks: set[Task[Any]]
     def create_task(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -96,10 +97,10 @@ def child(
         raise ValueError("retry and restart exclude each other: restart covers failures as well")
     if timeout is not None and not timeout >= 0:
         raise ValueError(f"timeout must not be negative, not {timeout!r}")
-    return _attempts(factory, timeout, retry or restart, restart is not None, getattr(scope, "_statistics", None))
+    return _attempts(factory, timeout, retry or restart, restart is not None, weakref.ref(scope))
 
 
-async def _attempts(factory: Any, timeout: Any, policy: Any, again: bool, counters: Any) -> Any:
+async def _attempts(factory: Any, timeout: Any, policy: Any, again: bool, scope: Any) -> Any:
     loop = asyncio.get_running_loop()
     failures = 0
     while True:
@@ -124,8 +125,9 @@ async def _attempts(factory: Any, timeout: Any, policy: Any, again: bool, counte
                 raise
             pause = policy.pause(failures)
             del exc
-        if counters is not None:
-            counters.restarted += 1
+        if hasattr(owner := scope(), "_restarted"):
+            owner._restarted += 1
+        del owner
         await asyncio.sleep(pause)
 
 

@@ -30,31 +30,8 @@ class Supervisor(TaskScope):
 
     def __init__(self, context: contextvars.Context | None = None) -> None:
         super().__init__(exception_handler=None, context=context)
-        self._statistics = _Counters()
-
-    def create_task(self, coro, *, name=None, context=None, **kwargs):  # type: ignore[no-untyped-def]
-        task = super().create_task(coro, name=name, context=context, **kwargs)
-        self._statistics.add(task)  # type: ignore[no-untyped-call]
-        return task
-
-    create_task.__doc__ = TaskScope.create_task.__doc__
+        self._restarted = 0
 
     def statistics(self) -> Statistics:
         """How many children are active, are done, have failed, and were started anew."""
-        counters = self._statistics
-        return Statistics(len(self._tasks), counters.done, counters.failed, counters.restarted)
-
-
-class _Counters:
-    __slots__ = ("__weakref__", "done", "failed", "restarted")
-
-    def __init__(self) -> None:
-        self.done = self.failed = self.restarted = 0
-
-    def add(self, task):  # type: ignore[no-untyped-def]
-        task.add_done_callback(self.count)
-
-    def count(self, task):  # type: ignore[no-untyped-def]
-        self.done += 1
-        if not task.cancelled() and task.exception() is not None:
-            self.failed += 1
+        return Statistics(len(self._tasks), self._n_done, self._n_failed, self._restarted)

@@ -560,7 +560,9 @@ class TestAclose:
         async with TaskScope() as scope:
             task = scope.create_task(stubborn(), name="the stubborn one")
             await turns()
-            with pytest.raises(UnfinishedTasksError, match="the stubborn one: .*stubborn at .*test_taskscope.py") as caught:
+            with pytest.raises(
+                UnfinishedTasksError, match="the stubborn one: .*stubborn at .*test_taskscope.py"
+            ) as caught:
                 try:
                     await scope.aclose(timeout=0.001)
                 finally:
@@ -884,24 +886,28 @@ class TestEagerStart:
             scope.create_task(fail())
         loop_errors.take_one(ValueError)
 
-    async def test_an_own_create_task_of_the_loop_is_honoured(self, monkeypatch):
+    @pytest.mark.parametrize("eager", [False, True])
+    @pytest.mark.parametrize("where", ["instance", "class"])
+    async def test_an_own_create_task_of_the_loop_is_honoured(self, monkeypatch, where, eager):
+        """Also when it comes after the loop's was seen to be the plain one, and until it goes."""
         loop = asyncio.get_running_loop()
         before, made = loop.create_task, []
 
-        def create_task(coro, **kwargs):
-            made.append(coro)
-            return before(coro, **kwargs)
+        def create_task(*args, **kwargs):
+            made.append(args[-1])
+            return before(args[-1], **kwargs)
 
-        try:
-            loop.create_task = create_task
-        except AttributeError:
-            return
-        try:
-            async with TaskScope() as scope:
+        async with TaskScope(eager_start=eager) as scope:
+            scope.create_task(turns(1))
+            with monkeypatch.context() as patch:
+                patch.setattr(loop if where == "instance" else type(loop), "create_task", create_task, raising=False)
                 scope.create_task(turns(1))
-        finally:
-            del loop.create_task
-        assert len(made) == 1
+                scope.create_task(turns(1))
+            if where == "instance":
+                # It put the bound method there.
+                loop.__dict__.pop("create_task", None)
+            scope.create_task(turns(1))
+        assert len(made) == 2
 
 
 class TestTasksAreRealTasks:

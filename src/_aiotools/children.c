@@ -750,6 +750,38 @@ typedef enum {
     START_FAILED,           /* an exception is set */
 } start_way;
 
+#if PY_VERSION_HEX >= 0x030C0000
+
+/* Has the loop the create_task() of asyncio or of uvloop, neither overridden nor patched? What was found for its type holds
+ * until that changes, so that only the instance is looked at each time. 1, 0 or -1. */
+static int
+has_plain_create_task(AiotLoop *loop)
+{
+    aiot_state *state = loop->state;
+    unsigned int version = 0;
+#ifndef Py_GIL_DISABLED
+    version = Py_TYPE(loop->loop)->tp_version_tag;
+#endif
+    int own = loop->dict == NULL ? 1 : PyDict_Contains(loop->dict, state->str_create_task);
+    if (own < 0 || (own == 0 && version != 0 && version == loop->spawn_version)) {
+        return own < 0 ? -1 : 1;
+    }
+    PyObject *method = PyObject_GetAttr(loop->loop, state->str_create_task);
+    if (method == NULL) {
+        return -1;
+    }
+    PyObject *function = PyMethod_Check(method) ? PyMethod_GET_FUNCTION(method) : method;
+    /* uvloop's is compiled; what overrides it in a subclass is not. */
+    bool plain = function == state->base_loop_create_task || (loop->coarse && own == 0 && !PyFunction_Check(function));
+    Py_DECREF(method);
+    if (plain && own == 0) {
+        loop->spawn_version = version;
+    }
+    return plain;
+}
+
+#endif
+
 /* A task made directly is the same as one by create_task only where that is asyncio's or uvloop's own and there is no task
  * factory. An eager start in a context that is entered raises, and hangs asyncio.run() on 3.12 and 3.13. */
 static start_way
@@ -762,10 +794,9 @@ way_to_start_eagerly(AiotLoop *loop, PyObject *context)
 #else
     aiot_state *state = loop->state;
     /* The step would run inside whatever is running now: only where this loop is. */
-    PyObject *running = PyObject_CallNoArgs(state->get_running_loop);
+    PyObject *running = PyObject_CallNoArgs(state->maybe_running_loop);
     if (running == NULL) {
-        PyErr_Clear();
-        return START_LATER;
+        return START_FAILED;
     }
     Py_DECREF(running);
     if (running != loop->loop) {
@@ -780,14 +811,9 @@ way_to_start_eagerly(AiotLoop *loop, PyObject *context)
             return START_FAILED;
         }
     }
-    PyObject *method = PyObject_GetAttr(loop->loop, state->str_create_task);
-    if (method == NULL) {
-        return START_FAILED;
-    }
-    bool own = PyMethod_Check(method) && PyMethod_GET_FUNCTION(method) == state->base_loop_create_task;
-    Py_DECREF(method);
-    if (!own && !loop->coarse) {
-        return START_LATER;
+    int plain = has_plain_create_task(loop);
+    if (plain <= 0) {
+        return plain < 0 ? START_FAILED : START_LATER;
     }
     PyObject *factory = PyObject_CallMethodNoArgs(loop->loop, state->str_get_task_factory);
     if (factory == NULL) {
@@ -797,7 +823,7 @@ way_to_start_eagerly(AiotLoop *loop, PyObject *context)
     if (factory == Py_None) {
         return START_DIRECTLY;
     }
-    return own && PY_VERSION_HEX >= 0x030E0000 ? START_BY_KEYWORD : START_LATER;
+    return !loop->coarse && PY_VERSION_HEX >= 0x030E0000 ? START_BY_KEYWORD : START_LATER;
 #endif
 }
 
@@ -826,6 +852,11 @@ make_task(AiotChildren *self, PyObject *coro, PyObject *name, PyObject *context,
         PyObject *args[] = {loop->loop, coro, name != NULL ? name : context};
         PyObject *names = name != NULL ? state->kw_name : context != NULL ? state->kw_context : NULL;
         return PyObject_VectorcallMethod(state->str_create_task, args, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, names);
+    }
+    if (n_extra == 0 && way == START_DIRECTLY && name == NULL && context == NULL) {
+        PyObject *args[] = {NULL, coro, loop->loop, Py_True};
+        return PyObject_Vectorcall(state->asyncio_Task, args + 1, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET,
+                                   state->kw_loop_eager_start);
     }
     if (n_extra > MAX_KEYWORDS) {
         PyErr_SetString(PyExc_TypeError, "too many keyword arguments for create_task()");
@@ -969,6 +1000,7 @@ aiot_children_add_types(PyObject *module)
 {
     aiot_state *state = aiot_state_of_module(module);
     if ((state->kw_name = PyTuple_Pack(1, state->str_name)) == NULL
+        || (state->kw_loop_eager_start = PyTuple_Pack(2, state->str_loop, state->str_eager_start)) == NULL
         || optional_import("future_add_to_awaited_by", &state->add_to_awaited_by) < 0
         || optional_import("future_discard_from_awaited_by", &state->discard_from_awaited_by) < 0
         || aiot_add_type(module, &state->ChildType, &Child_spec, NULL, false) < 0

@@ -107,6 +107,7 @@ struct AiotLoop {
     PyObject *loop;                 /* the event loop: borrowed, NULL once it is gone */
     PyObject *loop_ref;             /* weak reference that sets loop to NULL; NULL when loop is owned after all */
     PyObject *dict;                 /* its __dict__, NULL if it has none */
+    unsigned int spawn_version;     /* of its type, when that had asyncio's or uvloop's own create_task(); 0: not known */
     PyObject *get_loop;             /* callable that returns loop, for waiters */
     PyObject *done_future;          /* a finished asyncio.Future: what a task's wake-up takes for "go on" */
     PyObject *weakrefs;

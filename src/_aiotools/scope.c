@@ -232,6 +232,7 @@ Scope_child_ended(AiotChildren *op, Py_ssize_t Py_UNUSED(index), PyObject *task)
 {
     AiotScope *self = (AiotScope *)op;
     aiot_state *state = self->loop->state;
+    self->n_done++;
     if (self->aborting) {
         PyObject *cancelled = PyObject_CallMethodNoArgs(task, state->str_cancelled);
         if (cancelled == NULL) {
@@ -255,6 +256,7 @@ Scope_child_ended(AiotChildren *op, Py_ssize_t Py_UNUSED(index), PyObject *task)
         }
         return -1;
     }
+    self->n_failed++;
     int failed;
     if (is_base_error(exc) && self->mode != AIOT_TASK_CONTEXT && self->frame.task != NULL) {
         if (self->base_error == NULL) {
@@ -1446,6 +1448,8 @@ static PyMemberDef Scope_members[] = {
     {"_entered", Py_T_BOOL, offsetof(AiotScope, entered), Py_READONLY, "Whether it was ever entered."},
     {"_exiting", Py_T_BOOL, offsetof(AiotScope, exiting), Py_READONLY, "Whether the body is over."},
     {"_expired", Py_T_BOOL, offsetof(AiotScope, expired), Py_READONLY, "Whether its timeout fired."},
+    {"_n_done", Py_T_PYSSIZET, offsetof(AiotScope, n_done), Py_READONLY, "How many children have ended, however."},
+    {"_n_failed", Py_T_PYSSIZET, offsetof(AiotScope, n_failed), Py_READONLY, "How many of them failed."},
     {"_gate", Py_T_OBJECT_EX, offsetof(AiotScope, gate), Py_READONLY, "What limits how many children run."},
     {NULL, 0, 0, 0, NULL},
 };

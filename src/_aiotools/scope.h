@@ -29,6 +29,8 @@ typedef struct {
     PyObject *errors;           /* of a group's children: list, or NULL */
     PyObject *var_reset;        /* contextvars.Token of current_taskgroup */
     PyObject *weakrefs;
+    Py_ssize_t n_done;          /* children that have ended, however */
+    Py_ssize_t n_failed;        /* those of them that ended with an exception */
     int own;                    /* requests that we made to our host, and have to take back */
     uint8_t mode;
     bool shielded;

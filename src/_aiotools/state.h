@@ -211,6 +211,7 @@
     V(QueueStatistics)    /* the named tuple */ \
     V(done_none)          /* the shared awaitable whose result is None */ \
     V(kw_context)         /* ("context",), for vectorcalls */ \
+    V(kw_loop_eager_start) /* ("loop", "eager_start") */ \
     V(kw_name)            /* ("name",) */ \
     V(loop_token)         /* LoopExceptionHandler.TOKEN */ \
     V(kw_eager_start)     /* ("eager_start",) */ \
