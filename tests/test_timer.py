@@ -474,6 +474,74 @@ class TestPhase:
             assert k > 9_000_000
             await stop(timer)
 
+    @pytest.mark.loop_kinds("default", "uvloop", reason="long; the other kinds differ in nothing that matters here")
+    async def test_an_hour_of_ticks_at_ten_milliseconds_in_virtual_time(self):
+        """All of them, each at its own time to the last bit. AIOTOOLS_LARGE=1: a million and more."""
+        count = 1_100_000 if os.environ.get("AIOTOOLS_LARGE") else 360_001
+        wrong = 0
+        due = 0
+
+        async def tick(interval):
+            nonlocal wrong, due
+            wrong += clock.vtime != due * 0.01
+            due += 1
+
+        clock = aiotools.VirtualClock()
+        with clock.patch_loop():
+            timer = create_timer(tick, 0.01, limit=count, eager=True)
+            await timer
+        assert (due, wrong) == (count, 0)
+        assert clock.vtime == (count - 1) * 0.01
+        stats = timer.stats()
+        assert (stats.ticks, stats.skipped, stats.late_max) == (count, 0, 0)
+
+    async def test_another_clock_in_the_loop_leaves_what_remains_to_the_next_tick(self):
+        """The phase, and what all methods tell and do, go on in the time of that clock, and come back from it."""
+        loop = asyncio.get_running_loop()
+        clock = aiotools.VirtualClock()
+        clock.vtime = 5e8
+        tick, times = counting()
+        timer = create_timer(tick, 10, first=10)
+        late = create_timer(tick, 10, first=10)
+        paused = create_timer(tick, 10, first=10)
+        backing_off = create_timer(lambda interval: loop.create_future(), 10, first=25, tick_timeout=2)
+        backing_off.cancel()
+        await turns()
+        paused.pause()
+        late.pause()
+        await stop(backing_off)
+        with clock.patch_loop():
+            assert timer.next_due == pytest.approx(5e8 + 10, abs=5)
+            begin = timer.next_due
+            await asyncio.sleep(35)
+            assert times == [begin, begin + 10, begin + 20]
+            paused.resume()
+            assert paused.next_due == pytest.approx(begin + 30, abs=1)
+            assert timer.stats().skipped == paused.stats().skipped == 0
+            left = timer.next_due - loop.time()
+        assert timer.next_due - loop.time() == pytest.approx(left, abs=2)
+        assert paused.next_due - loop.time() == pytest.approx(left, abs=2)
+        late.resume()
+        assert late.next_due - loop.time() == pytest.approx(left, abs=2)
+        for each in (timer, late, paused):
+            await stop(each)
+
+    async def test_a_tick_timeout_goes_on_in_the_time_of_another_clock(self, loop_errors):
+        ticks = Ticks()
+        timer = create_timer(ticks, 1000, tick_timeout=20)
+        await turns()
+        clock = aiotools.VirtualClock()
+        clock.vtime = 1e6
+        with clock.patch_loop():
+            await turns()
+        with aiotools.VirtualClock().patch_loop():
+            await asyncio.sleep(15)
+            assert ticks.cancelled == []
+            await asyncio.sleep(10)
+            assert ticks.cancelled == [0]
+        loop_errors.take_one(TimeoutError)
+        await stop(timer)
+
     async def test_slow_ticks_do_not_move_the_phase(self):
         with hand_clock() as clock:
             times = []
@@ -1479,6 +1547,19 @@ class TestBadInput:
             assert timer.next_due == before
             await stop(timer)
 
+    @pytest.mark.parametrize("name", ["interval", "first", "jitter", "grace", "tick_timeout", "backoff_cap"])
+    async def test_an_integer_too_large_for_a_float_is_an_overflow_error_that_names_it(self, name):
+        """As asyncio.sleep() and asyncio.timeout() have it."""
+        tick, _ = counting()
+        with pytest.raises(OverflowError, match=f"{name} is too large"):
+            create_timer(tick, **{"interval": 1, name: 10**400})
+        timer = create_timer(tick, 1)
+        due = timer.next_due
+        with pytest.raises(OverflowError, match="interval is too large"):
+            timer.reschedule(10**400)
+        assert timer.next_due == due
+        await stop(timer)
+
     @pytest.mark.parametrize("number", [2, 2.0, True, __import__("fractions").Fraction(2), __import__("decimal").Decimal(2)])
     async def test_numbers_of_all_kinds_are_seconds(self, number):
         given = []
@@ -1868,7 +1949,7 @@ class TestBadTimes:
             timers = await make(4000)
             took = time.thread_time() - began
             # A debug build of the core looks through the whole queue after each change.
-            count = 100_000 if took < 0.5 else 4000
+            count = 100_000 if took < 0.5 or os.environ.get("AIOTOOLS_LARGE") else 4000
             timers += await make(count - 4000)
             assert times == []
             await clock.jump(1001, turns=3)

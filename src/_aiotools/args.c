@@ -152,6 +152,9 @@ aiot_as_seconds(PyObject *obj, const char *name, double *out)
                 PyErr_Format(PyExc_TypeError, "%s must be a number of seconds, not '%.200s'", name,
                              Py_TYPE(obj)->tp_name);
             }
+            else if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+                PyErr_Format(PyExc_OverflowError, "%s is too large for a number of seconds", name);
+            }
             return -1;
         }
     }

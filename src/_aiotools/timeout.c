@@ -41,6 +41,7 @@ typedef struct {
     PyObject *task;             /* while ACTIVE or EXPIRING */
     AiotShield *shield;         /* the innermost shield at entry: the expiry passes it, but none opened inside */
     double when;                /* meaningful if has_when */
+    double shift;               /* the clock_shift of the loop that when goes by, while there is a loop */
     aiot_alarm alarm;
     Py_ssize_t before;          /* Task.cancelling() at entry, without a request that was still to be delivered */
     uint32_t soon;              /* call_soons under way; the last one counts */
@@ -79,7 +80,19 @@ timeout_new(aiot_state *state, AiotLoop *loop, double when)
     self->loop = (AiotLoop *)Py_XNewRef((PyObject *)loop);
     self->has_when = !isnan(when);
     self->when = when;
+    self->shift = loop == NULL ? 0.0 : loop->clock_shift;
     return self;
+}
+
+/* Another clock was put into the loop: the remaining delay is kept. */
+static inline void
+follow_clock(TimeoutObject *self)
+{
+    if (self->loop != NULL && AIOT_UNLIKELY(self->shift != self->loop->clock_shift)) {
+        self->when += self->loop->clock_shift - self->shift;
+        self->shift = self->loop->clock_shift;
+        self->is_ahead = false;
+    }
 }
 
 /* ---- expiry ------------------------------------------------------------------------------------------------- */
@@ -278,6 +291,7 @@ enter_lock_held(aiot_state *state, TimeoutObject *self)
         failed = -1;
     }
     if (!failed) {
+        follow_clock(self);
         /* A deadline that this loop computed a moment ago need not be compared with the clock again. */
         bool is_ahead = self->is_ahead && loop == self->loop && aiot_clock_is_before(self->when);
         /* Active before arming: the loop's methods may run any code. */
@@ -285,6 +299,7 @@ enter_lock_held(aiot_state *state, TimeoutObject *self)
         self->task = task;
         self->shield = shield;
         Py_XSETREF(self->loop, loop);
+        self->shift = loop->clock_shift;
         if (self->has_when && arm(self, loop, self->when, is_ahead) < 0) {
             self->status = CREATED;
             Py_CLEAR(self->task);
@@ -898,7 +913,12 @@ Timeout_when(PyObject *op, PyObject *Py_UNUSED(ignored))
     if (!self->has_when) {
         Py_RETURN_NONE;
     }
-    return PyFloat_FromDouble(self->when);
+    double when;
+    Py_BEGIN_CRITICAL_SECTION(op);
+    follow_clock(self);
+    when = self->when;
+    Py_END_CRITICAL_SECTION();
+    return PyFloat_FromDouble(when);
 }
 
 PyDoc_STRVAR(expired_doc,
@@ -964,6 +984,7 @@ reschedule_lock_held(TimeoutObject *self, double when)
     if (!failed) {
         self->when = when;
         self->has_when = true;
+        self->shift = own->clock_shift;
     }
     return failed;
 }
@@ -999,7 +1020,7 @@ Timeout_repr(PyObject *op)
     if (!self->has_when) {
         return PyUnicode_FromString("<Timeout [active] when=None>");
     }
-    PyObject *when = PyFloat_FromDouble(self->when);
+    PyObject *when = Timeout_when(op, NULL);
     PyObject *rounded = when == NULL ? NULL : PyObject_CallMethod(when, "__round__", "i", 3);
     Py_XDECREF(when);
     PyObject *text = rounded == NULL ? NULL : PyUnicode_FromFormat("<Timeout [active] when=%R>", rounded);

@@ -93,6 +93,7 @@ typedef struct {
     double planned;
     double last_k;              /* of the last tick that was run */
     double queued_due;
+    double shift;               /* the loop's clock_shift that these times go by */
     uint32_t changes;
     uint32_t fails;             /* in a row */
     uint64_t triggers;
@@ -153,6 +154,21 @@ static inline double
 run_due_time(RunObject *self, double k)
 {
     return self->base + k * self->interval;
+}
+
+/* Another clock was put into the loop since the last look: the schedule goes on in its time. First thing on each way in. */
+static inline void
+run_follow_clock(RunObject *self)
+{
+    double delta = self->loop->clock_shift - self->shift;
+    if (AIOT_LIKELY(delta == 0.0)) {
+        return;
+    }
+    self->shift = self->loop->clock_shift;
+    self->base += delta;
+    self->planned += delta;
+    self->queued_due += delta;
+    self->fresh_at += delta;
 }
 
 /* ---- context ------------------------------------------------------------------------------------------------ */
@@ -355,6 +371,7 @@ run_call_handler(RunObject *self, PyObject *exc)
 static int
 run_back_off(RunObject *self)
 {
+    run_follow_clock(self);
     if (self->fails < 1000) {
         self->fails++;
     }
@@ -1060,6 +1077,7 @@ run_pump(RunObject *self)
 static int
 run_after_tick(RunObject *self)
 {
+    run_follow_clock(self);
     if (self->stage == TIMER_JOINING) {
         return run_is_live(self) || self->waiter == NULL ? 0 : aiot_waiter_wake(self->waiter);
     }
@@ -1090,6 +1108,7 @@ Run_fire(AiotLoop *loop, PyObject *owner)
     RunObject *self = (RunObject *)owner;
     int failed;
     Py_BEGIN_CRITICAL_SECTION(self);
+    run_follow_clock(self);
     failed = aiot_loop_arm_tick(loop);
     if (!failed) {
         /* The queue has let go of us; ticking is a reason to be kept. */
@@ -1106,6 +1125,7 @@ Run_turn(AiotLoop *Py_UNUSED(loop), PyObject *owner)
     RunObject *self = (RunObject *)owner;
     int failed;
     Py_BEGIN_CRITICAL_SECTION(self);
+    run_follow_clock(self);
     bool had_fresh = self->fresh != NULL, was_blocked = self->blocked;
     failed = run_guard(self, run_settle(self));
     if (!failed && had_fresh) {
@@ -1279,6 +1299,7 @@ Run_start(aiot_awaitable *op, PyObject **result)
     }
     self->task = task;
     self->entered = true;
+    run_follow_clock(self);
     int failed = run_start(self);
     self->entered = false;
     if (failed < 0) {
@@ -1565,6 +1586,7 @@ timer_apply(PyObject *op, run_function function, PyObject *arg)
     }
     int failed;
     Py_BEGIN_CRITICAL_SECTION(run);
+    run_follow_clock(run);
     failed = run_check_usable(run);
     if (!failed) {
         failed = function(run, arg);
@@ -1821,6 +1843,7 @@ Timer_get_next_due(PyObject *op, void *Py_UNUSED(closure))
     double due = INFINITY;
     int failed = 0;
     Py_BEGIN_CRITICAL_SECTION(run);
+    run_follow_clock(run);
     if (run->phase != AIOT_FINISHED && !run->paused && (run->stage == TIMER_NEW || run_may_tick(run))) {
         due = run->stage == TIMER_NEW ? run->base : run->planned;
         if (due == every_turn) {
@@ -2110,6 +2133,7 @@ run_new(aiot_state *state, PyObject *const *args)
     if ((self->loop = aiot_loop_get_running(state)) == NULL) {
         goto error;
     }
+    self->shift = self->loop->clock_shift;
     if (aiot_loop_deadline(self->loop, self->first, &self->base) < 0) {
         goto error;
     }

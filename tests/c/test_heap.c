@@ -232,6 +232,50 @@ random_operations_keep_order_and_invariants(void)
     aiot_heap_fini(&h);
 }
 
+/* How many entries went to another place since the last call. */
+static size_t
+count_moved(const aiot_heap_node *nodes, size_t *places, size_t n)
+{
+    size_t moved = 0;
+    for (size_t i = 0; i < n; i++) {
+        moved += nodes[i].place != places[i];
+        places[i] = nodes[i].place;
+    }
+    return moved;
+}
+
+/* One entry per level, each compared with four others at most. */
+static void
+a_million_deadlines_cost_twice_the_steps_of_a_thousand(void)
+{
+    for (size_t n = 1000, levels = 6; n <= 1000000; n *= 1000, levels += 5) {
+        aiot_heap_node *nodes = calloc(n, sizeof(*nodes));
+        size_t *places = calloc(n, sizeof(*places));
+        CHECK(nodes != NULL && places != NULL);
+        aiot_heap h;
+        aiot_heap_init(&h, check_realloc, check_free);
+        for (size_t i = 0; i < n; i++) {
+            aiot_heap_node_init(&nodes[i]);
+            CHECK(aiot_heap_push(&h, &nodes[i], random_below(1000000000)) == 0);
+        }
+        CHECK(h.room <= 2 * n);
+        count_moved(nodes, places, n);
+        refuse_from = 0;
+        for (int i = 0; i < 8; i++) {
+            aiot_heap_node *node = &nodes[random_below((unsigned)n)];
+            aiot_heap_move(&h, node, i % 2 == 0 ? -1.0 - i : random_below(1000000000));
+            CHECK(count_moved(nodes, places, n) <= levels + 1);
+            aiot_heap_remove(&h, aiot_heap_first(&h));
+            CHECK(count_moved(nodes, places, n) <= levels + 1);
+        }
+        refuse_from = -1;
+        CHECK(aiot_heap_check(&h));
+        aiot_heap_fini(&h);
+        free(nodes);
+        free(places);
+    }
+}
+
 static void
 check_sees_a_broken_heap(void)
 {
@@ -267,6 +311,7 @@ main(void)
     push_without_memory_changes_nothing();
     removal_gives_memory_back_and_works_without_memory();
     random_operations_keep_order_and_invariants();
+    a_million_deadlines_cost_twice_the_steps_of_a_thousand();
     check_sees_a_broken_heap();
     CHECK(live_blocks == 0);
     printf("test_heap: %d checks passed\n", check_count);
