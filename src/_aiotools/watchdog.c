@@ -307,6 +307,7 @@ watch_look(watch *w, int64_t expected)
         w->paused = w->hang_written = paused = hang_written = false;
         w->asked = 0;
     }
+    int unheard = scribing ? 0 : w->asked;
     PyThread_release_lock(w->mutex);
     int64_t base = beat > w->grace_from ? beat : w->grace_from;
     int64_t age = now - base - w->interval;
@@ -319,6 +320,10 @@ watch_look(watch *w, int64_t expected)
     }
     if (age < patience) {
         return patience - age;
+    }
+    if (unheard != 0) {
+        /* It was asked when the last scribe was on its way out already, or there was no thread to be had. */
+        scribing = ask_scribe(w, unheard, age, now);
     }
     if (age >= w->slow && !w->where_asked) {
         w->where_asked = true;
@@ -536,13 +541,14 @@ PyDoc_STRVAR(Watchdog_beat_doc,
 "Note that the loop turns. Returns the seconds by which this beat is late if that\n"
 "is at least `slow`, else None.");
 
-static PyObject *
-Watchdog_beat(PyObject *op, PyObject *Py_UNUSED(ignored))
+/* By how much this beat is late, -1 when nobody watches. The watch stays while it is looked at: stop() takes it away under the
+ * same lock. */
+static int64_t
+beat_lock_held(WatchdogObject *self)
 {
-    WatchdogObject *self = (WatchdogObject *)op;
     watch *w = self->watch;
     if (w == NULL || self->pid != process_id()) {
-        Py_RETURN_NONE;
+        return -1;
     }
     int64_t now = now_ns();
     uint64_t *words = self->words;
@@ -569,6 +575,17 @@ Watchdog_beat(PyObject *op, PyObject *Py_UNUSED(ignored))
     }
     aiot_word_store(&words[WORD_BEATS], aiot_word_load(&words[WORD_BEATS]) + 1);
     aiot_word_store(&words[WORD_BEAT], (uint64_t)now);
+    return late;
+}
+
+static PyObject *
+Watchdog_beat(PyObject *op, PyObject *Py_UNUSED(ignored))
+{
+    WatchdogObject *self = (WatchdogObject *)op;
+    int64_t late;
+    Py_BEGIN_CRITICAL_SECTION(op);
+    late = beat_lock_held(self);
+    Py_END_CRITICAL_SECTION();
     if (late >= self->slow) {
         return PyFloat_FromDouble((double)late * 1e-9);
     }
