@@ -7,7 +7,6 @@ import functools
 import sys
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -51,13 +50,17 @@ def cancel_requests(source: asyncio.CancelledError | asyncio.Task[Any], /) -> li
     Returns an empty list when nothing was traced.
     """
     if isinstance(source, asyncio.CancelledError):
-        requests = next((arg.requests for arg in source.args if isinstance(arg, _Message)), [])
-        return list(requests)
+        for arg in source.args:
+            if isinstance(arg, _Message):
+                return list(arg.requests)
     return list(getattr(source, "_aiotools_cancel_requests", ()))
 
 
-def _record(task: asyncio.Task[Any], requests: list[CancelRequest], before: Callable[..., bool], msg: Any) -> bool:
-    frame = sys._getframe(2)
+def _note(requests: list[CancelRequest], msg: Any) -> Any:
+    """Records a request that the code that calls this module makes. Returns the message that stands for it."""
+    frame = sys._getframe(1)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        frame = frame.f_back
     try:
         current = asyncio.current_task()
     except RuntimeError:
@@ -73,11 +76,24 @@ def _record(task: asyncio.Task[Any], requests: list[CancelRequest], before: Call
             time.time(),
         )
     )
-    if msg is None or isinstance(msg, str):
-        text = str(requests[-1]) if msg is None else f"{msg} ({requests[-1]})"
-        msg = _Message(text)
-        msg.requests = requests
-    return before(msg)
+    if msg is not None and not isinstance(msg, str):
+        return msg
+    message = _Message(requests[-1] if msg is None else f"{msg} ({requests[-1]})")
+    message.requests = requests
+    return message
+
+
+def _tell(exc: asyncio.CancelledError, requests: list[CancelRequest]) -> None:
+    """What a shield raises has no message: let a note say who it was."""
+    exc._aiotools_cancel_requests = requests  # type: ignore[attr-defined]
+    for request in requests[-1:]:
+        exc.add_note(str(request) if request.message is None else f"{request.message} ({request})")
+
+
+def _beneath(task: asyncio.Task[Any]) -> Any:
+    """What stands behind a shield that the task is in, or None."""
+    patch = getattr(task.cancel, "__self__", None)
+    return patch if hasattr(type(patch), "_beneath") else None
 
 
 class trace_cancellation:
@@ -90,7 +106,9 @@ class trace_cancellation:
 
     It wraps the loop's task factory, so it covers tasks that are created in the loop
     after entry; those that exist already are not traced. When the block is left, the
-    factory and the tasks are as they were.
+    factory and the tasks are as they were. A request that a shield holds off is noted
+    when it is made. A task that is started eagerly is traced from its first suspension
+    on.
 
     Raises:
         RuntimeError: no loop is running, or its task factory cannot be set.
@@ -98,12 +116,13 @@ class trace_cancellation:
     It costs nothing when it is not used.
     """
 
-    __slots__ = ("_before", "_factory", "_loop", "_tasks")
+    __slots__ = ("_before", "_factory", "_is_over", "_loop", "_tasks")
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._before: Any = None
         self._factory: Any = None
+        self._is_over = False
         self._tasks: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
 
     def __enter__(self) -> trace_cancellation:
@@ -132,24 +151,36 @@ class trace_cancellation:
         if loop.get_task_factory() is self._factory:
             loop.set_task_factory(self._before)
         for task in self._tasks:
-            cancel: Any = task.cancel
-            if getattr(cancel, "_aiotools_trace", None) is self:
-                if cancel._aiotools_before is None:
-                    del task.cancel
-                else:
-                    task.cancel = cancel._aiotools_before  # type: ignore[method-assign]
+            patch = _beneath(task)
+            cancel: Any = task.cancel if patch is None else patch._beneath
+            if getattr(cancel, "_aiotools_trace", None) is not self:
+                continue
+            if patch is not None:
+                patch._beneath = cancel._aiotools_before
+            elif cancel._aiotools_before is None:
+                del task.cancel
+            else:
+                task.cancel = cancel._aiotools_before  # type: ignore[method-assign]
         self._tasks.clear()
+        self._is_over = True
 
     def _make_task(self, before: Any, loop: asyncio.AbstractEventLoop, coro: Any, **kwargs: Any) -> Any:
         task = asyncio.Task(coro, loop=loop, **kwargs) if before is None else before(loop, coro, **kwargs)
+        if self._is_over:
+            # Somebody wrapped our factory and keeps it.
+            return task
         requests: list[CancelRequest] = []
         try:
             task._aiotools_cancel_requests = requests  # type: ignore[union-attr]
         except AttributeError:
             # A task of a foreign type that takes no attributes.
             return task
-        # What is bound to the task is its type's own method, and comes back when ours is deleted.
-        earlier = None if getattr(task.cancel, "__self__", None) is task else task.cancel
+        # Started eagerly, it may be in a shield already: then we go beneath it.
+        patch = _beneath(task)
+        earlier: Any = task.cancel if patch is None else patch._beneath
+        if getattr(earlier, "__self__", None) is task:
+            # Its type's own method, which comes back when ours is deleted.
+            earlier = None
         reference = weakref.ref(task)
         method = type(task).cancel
 
@@ -157,10 +188,16 @@ class trace_cancellation:
             target = reference()
             if target is None:
                 return False
-            return _record(target, requests, functools.partial(method, target) if earlier is None else earlier, msg)
+            if not (isinstance(msg, _Message) and msg.requests is requests):
+                msg = _note(requests, msg)
+            return method(target, msg) if earlier is None else earlier(msg)
 
+        cancel._aiotools_note = lambda msg: _note(requests, msg)  # type: ignore[attr-defined]
         cancel._aiotools_trace = self  # type: ignore[attr-defined]
         cancel._aiotools_before = earlier  # type: ignore[attr-defined]
-        task.cancel = cancel  # type: ignore[method-assign]
+        if patch is None:
+            task.cancel = cancel  # type: ignore[method-assign]
+        else:
+            patch._beneath = cancel
         self._tasks.add(task)
         return task

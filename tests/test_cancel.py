@@ -1,10 +1,19 @@
 """cancel_and_wait, trace_cancellation."""
 
 import asyncio
+import sys
+import traceback
 
 import pytest
 
-from aiotools import ShieldScope, UnfinishedTasksError, cancel_and_wait, cancel_requests, trace_cancellation
+from aiotools import (
+    ShieldScope,
+    TaskScope,
+    UnfinishedTasksError,
+    cancel_and_wait,
+    cancel_requests,
+    trace_cancellation,
+)
 
 
 async def turns(count=3):
@@ -181,7 +190,11 @@ class TestCollections:
 
     async def test_failures_are_collected_in_input_order(self):
         errors = [ValueError(1), KeyError(2)]
-        tasks = [await start(failing_cleanup(errors[0])), await start(forever()), await start(failing_cleanup(errors[1]))]
+        tasks = [
+            await start(failing_cleanup(errors[0])),
+            await start(forever()),
+            await start(failing_cleanup(errors[1])),
+        ]
         with pytest.raises(ExceptionGroup, match="Unhandled exceptions during grouped cancellation") as caught:
             await cancel_and_wait(tasks)
         assert list(caught.value.exceptions) == errors
@@ -259,7 +272,9 @@ class TestTrace:
         with trace_cancellation():
             task = await start(forever(), name="victim")
             await asyncio.create_task(canceller(task), name="killer")
-            with pytest.raises(asyncio.CancelledError, match="enough .cancelled by task 'killer' in .*canceller at") as caught:
+            with pytest.raises(
+                asyncio.CancelledError, match="enough .cancelled by task 'killer' in .*canceller at"
+            ) as caught:
                 await task
             [request] = cancel_requests(task)
             assert cancel_requests(caught.value) == [request]
@@ -274,18 +289,125 @@ class TestTrace:
             with pytest.raises(asyncio.CancelledError, match="cancelled by a callback in"):
                 await task
 
-    @pytest.mark.loop_kinds("default", "uvloop", "debug", reason="an eager task opens its shield before it is traced")
-    async def test_shields_and_traces_go_together(self):
+    @pytest.mark.parametrize("is_async", [False, True])
+    @pytest.mark.parametrize("waits", [False, True])
+    async def test_a_request_that_a_shield_holds_off_is_noted_when_it_is_made(self, is_async, waits):
+        release = asyncio.get_running_loop().create_future()
+
+        async def wait():
+            if waits:
+                await release
+            else:
+                while not release.done():
+                    await turns(1)
+
         async def work():
-            async with ShieldScope():
-                await turns(5)
+            if is_async:
+                async with ShieldScope():
+                    await wait()
+            else:
+                with ShieldScope():
+                    await wait()
+
+        async def killer(task):
+            task.cancel("held")
 
         with trace_cancellation():
             task = await start(work())
-            task.cancel("held")
-            with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(killer(task))
+            [request] = cancel_requests(task)
+            assert request.function.endswith("killer") and request.message == "held"
+            release.set_result(None)
+            with pytest.raises(asyncio.CancelledError) as caught:
+                await task
+            # Once, although it is delivered later; and the end of the shield tells of it.
+            assert cancel_requests(task) == cancel_requests(caught.value) == [request]
+            assert caught.value.args == () and "killer" in caught.value.__notes__[0]
+        assert getattr(task.cancel, "__self__", None) is task
+
+    async def test_a_trace_that_ends_while_a_task_is_in_a_shield_leaves_no_patch(self):
+        async def work():
+            async with ShieldScope():
+                await release
+
+        release = asyncio.get_running_loop().create_future()
+        with trace_cancellation():
+            task = await start(work())
+        release.set_result(None)
+        await task
+        assert task.cancel.__self__ is task
+
+    async def test_a_shield_that_is_left_while_the_trace_goes_on_leaves_the_trace(self):
+        async def work():
+            async with ShieldScope():
+                await turns(2)
+            await forever()
+
+        with trace_cancellation():
+            task = await start(work())
+            await turns(5)
+            task.cancel("later")
+            with pytest.raises(asyncio.CancelledError, match="later .cancelled by"):
                 await task
             assert len(cancel_requests(task)) == 1
+        assert task.cancel.__self__ is task
+
+    async def test_a_traceback_of_a_task_that_died_cancelled_shows_who_did_it(self):
+        async def killer(task):
+            task.cancel("enough")
+
+        with trace_cancellation():
+            task = await start(forever())
+            await asyncio.create_task(killer(task))
+            await asyncio.wait([task])
+        try:
+            await task
+        except asyncio.CancelledError as exc:
+            text = "".join(traceback.format_exception(exc))
+        assert "enough (cancelled by" in text and f"killer at {__file__}:" in text
+
+    async def test_requests_of_scopes_and_timeouts_are_traced_as_well(self):
+        with trace_cancellation():
+            async with TaskScope() as scope:
+                task = scope.create_task(forever())
+                await turns()
+                scope.abort("over")
+                line = sys._getframe().f_lineno - 1
+            [request] = cancel_requests(task)
+        assert (request.message, request.filename, request.lineno) == ("over", __file__, line)
+
+    async def test_nested_traces_each_tell_the_caller(self):
+        with trace_cancellation(), trace_cancellation():
+            task = await start(forever())
+            task.cancel("twice")
+            with pytest.raises(asyncio.CancelledError, match="twice .cancelled by"):
+                await task
+        assert {request.filename for request in cancel_requests(task)} == {__file__}
+        assert task.cancel.__self__ is task
+
+    async def test_a_factory_that_somebody_else_keeps_traces_no_more(self):
+        loop = asyncio.get_running_loop()
+        before = loop.get_task_factory()
+        try:
+            with trace_cancellation():
+                ours = loop.get_task_factory()
+                loop.set_task_factory(lambda loop, coro, **kwargs: ours(loop, coro, **kwargs))
+            task = await start(forever())
+            assert task.cancel.__self__ is task
+            await cancel_and_wait(task)
+            assert cancel_requests(task) == []
+        finally:
+            loop.set_task_factory(before)
+
+    async def test_it_costs_nothing_when_it_is_off(self):
+        loop = asyncio.get_running_loop()
+        factory = loop.get_task_factory()
+        with trace_cancellation():
+            pass
+        task = await start(forever())
+        assert loop.get_task_factory() is factory
+        assert not hasattr(task, "_aiotools_cancel_requests") and task.cancel.__self__ is task
+        await cancel_and_wait(task)
 
     async def test_afterwards_all_is_as_it_was(self):
         loop = asyncio.get_running_loop()

@@ -190,7 +190,7 @@ class TestHolding:
 class TestDeliveredOnce:
     """F-21. A plain `with` cannot suspend when it is left; the request is counted while the body waits for something."""
 
-    @pytest.fixture(params=["future", "task", "gather", "sleep", "our sleep", "queue"])
+    @pytest.fixture(params=["future", "task", "gather", "queue"])
     def wait(self, request):
         """What the body waits for when the requests come; woken by release()."""
 
@@ -202,10 +202,6 @@ class TestDeliveredOnce:
                     await asyncio.create_task(asyncio.wait([release]))
                 case "gather":
                     await asyncio.gather(release)
-                case "sleep":
-                    await asyncio.sleep(0.001)
-                case "our sleep":
-                    await aiotools.sleep(0.001)
                 case "queue":
                     queue = aiotools.Queue()
                     release.add_done_callback(lambda _: queue.async_q.put_nowait(None))
@@ -656,6 +652,50 @@ class TestSync:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert not is_patched(task)
+
+
+class TestLimits:
+    """What a shield cannot know; docs/cancellation.rst says so."""
+
+    @pytest.mark.parametrize("sync", SYNC)
+    async def test_a_child_that_an_outer_group_of_ours_got_inside_is_held_off(self, sync):
+        done = []
+        with pytest.raises(ExceptionGroup):
+            async with TaskGroup() as group:
+                async with Both(sync):
+                    group.create_task(fail())
+                    await turns(4)
+                    done.append("shielded")
+                await forever()
+        assert done == ["shielded"] and asyncio.current_task().cancelling() == 0
+
+    @pytest.mark.parametrize("sync", SYNC)
+    async def test_a_child_that_an_outer_group_of_asyncio_got_inside_interrupts_when_it_fails(self, sync):
+        done = []
+        with pytest.raises(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                async with Both(sync):
+                    group.create_task(fail())
+                    await turns(4)
+                    done.append("shielded")
+        assert done == [] and not is_patched(asyncio.current_task())
+
+    @pytest.mark.parametrize("sync", SYNC)
+    async def test_a_child_that_it_got_outside_is_held_off(self, sync):
+        done = []
+
+        async def child():
+            await turns(2)
+            await fail()
+
+        with pytest.raises(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(child())
+                async with Both(sync):
+                    await asyncio.sleep(0.001)
+                    done.append("shielded")
+                await forever()
+        assert done == ["shielded"]
 
 
 class TestForeignTasks:

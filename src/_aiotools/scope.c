@@ -902,19 +902,38 @@ end_group(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, b
     return end;
 }
 
+/* A new CancelledError; it tells who cancelled the host when that is traced. */
+static PyObject *
+cancelled_error(AiotScope *self, PyObject *host)
+{
+    aiot_state *state = self->loop->state;
+    PyObject *exc = PyObject_CallNoArgs(state->CancelledError);
+    PyObject *requests = NULL;
+    if (exc != NULL && PyObject_GetOptionalAttr(host, state->str__aiotools_cancel_requests, &requests) > 0) {
+        PyObject *module = PyImport_ImportModule("aiotools._trace");
+        PyObject *told = module == NULL ? NULL : PyObject_CallMethod(module, "_tell", "OO", exc, requests);
+        Py_XDECREF(module);
+        Py_XDECREF(told);
+        Py_DECREF(requests);
+    }
+    if (PyErr_Occurred()) {
+        Py_CLEAR(exc);
+    }
+    return exc;
+}
+
 /* How a scope ends, base errors and what its shield kept left aside. */
 static ending
 choose_end(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, bool had_own, bool outside, bool in_shield,
            bool delivered)
 {
-    aiot_state *state = self->loop->state;
     bool body_cancelled = is_cancelled_error(self, exc);
     PyObject *scheduled = NULL;
     if (cancelled != NULL && (outside || !had_own)) {
         scheduled = Py_NewRef(cancelled);
     }
     else if (exc == NULL && (outside || delivered || self->closed_by_host)) {
-        if ((scheduled = PyObject_CallNoArgs(state->CancelledError)) == NULL) {
+        if ((scheduled = cancelled_error(self, host)) == NULL) {
             return RAISE;
         }
     }
@@ -1008,7 +1027,8 @@ scope_leave(AiotScope *self, PyObject *exc, PyObject *cancelled)
                                             : end_scope(self, host, exc, cancelled, had_own, outside, in_shield);
     }
     Py_DECREF(host);
-    /* What was raised refers to frames that refer to us. */
+    /* What was raised refers to frames that refer to us, and the host may end with it. */
+    Py_CLEAR(self->host);
     Py_CLEAR(self->base_error);
     Py_CLEAR(self->errors);
     return end;

@@ -504,13 +504,36 @@ forget_pending(AiotLoop *loop, PyObject *task)
     return failed;
 }
 
+static aiot_state *
+shield_state(const aiot_frame *shield)
+{
+    return ((PatchObject *)shield->patch)->loop->state;
+}
+
 static int
 keep(aiot_frame *shield, AiotShield *origin, PyObject *msg)
 {
     if (shield->deferred == NULL && (shield->deferred = PyList_New(0)) == NULL) {
         return -1;
     }
-    PyObject *request = pack_request(msg, (PyObject *)origin, false);
+    /* Whoever traces requests notes this one now, not when it is delivered. */
+    PyObject *before = ((PatchObject *)shield->patch)->before[CANCEL];
+    PyObject *noted = NULL;
+    if (before != NULL) {
+        PyObject *note;
+        if (PyObject_GetOptionalAttr(before, shield_state(shield)->str__aiotools_note, &note) < 0) {
+            return -1;
+        }
+        if (note != NULL) {
+            noted = PyObject_CallOneArg(note, msg == NULL ? Py_None : msg);
+            Py_DECREF(note);
+            if (noted == NULL) {
+                return -1;
+            }
+        }
+    }
+    PyObject *request = pack_request(noted != NULL ? noted : msg, (PyObject *)origin, false);
+    Py_XDECREF(noted);
     int failed = request == NULL ? -1 : PyList_Append(shield->deferred, request);
     Py_XDECREF(request);
     if (failed) {
@@ -913,8 +936,30 @@ Patch_dealloc(PyObject *op)
     Py_DECREF(type);
 }
 
+static PyObject *
+Patch_get_beneath(PyObject *op, void *Py_UNUSED(closure))
+{
+    PyObject *before = ((PatchObject *)op)->before[CANCEL];
+    return Py_NewRef(before == NULL ? Py_None : before);
+}
+
+static int
+Patch_set_beneath(PyObject *op, PyObject *value, void *Py_UNUSED(closure))
+{
+    PyObject *before = value == NULL || value == Py_None ? NULL : Py_NewRef(value);
+    Py_XSETREF(((PatchObject *)op)->before[CANCEL], before);
+    return 0;
+}
+
+static PyGetSetDef Patch_getset[] = {
+    {"_beneath", Patch_get_beneath, Patch_set_beneath,
+     "The task's own `cancel` attribute, which comes back when the shield is left; None: it has none.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
 static PyType_Slot Patch_slots[] = {
     {Py_tp_doc, "Stands behind the methods of a task that is in a shield."},
+    {Py_tp_getset, Patch_getset},
     {Py_tp_traverse, Patch_traverse},
     {Py_tp_clear, Patch_clear},
     {Py_tp_dealloc, Patch_dealloc},

@@ -16,7 +16,9 @@
     V(__aenter__) \
     V(__dict__) \
     V(__module__) \
+    V(_aiotools_cancel_requests) \
     V(_aiotools_loopstate) \
+    V(_aiotools_note) \
     V(_asyncio_future_blocking) \
     V(_fut_waiter) \
     V(_must_cancel) \
