@@ -138,10 +138,31 @@ op_wait(QueueOp *self, PyObject **result)
     return op_finish(self, outcome, result);
 }
 
+/* Whether it certainly has to wait; then there is no need to try first. The GIL stands for the lock here. */
+static inline bool
+op_must_wait(QueueOp *self)
+{
+#ifdef Py_GIL_DISABLED
+    (void)self;
+    return false;
+#else
+    QueueCore *core = self->core;
+    if (core->guarded || core->shut) {
+        return false;
+    }
+    return self->request.kind == AIOT_REQ_GET   ? core->count == 0
+           : self->request.kind == AIOT_REQ_PUT ? core->maxsize > 0 && core->count >= core->maxsize
+                                                : false;
+#endif
+}
+
 static PySendResult
 op_start(aiot_awaitable *op, PyObject **result)
 {
     QueueOp *self = (QueueOp *)op;
+    if (op_must_wait(self)) {
+        return op_wait(self, result);
+    }
     aiot_q_outcome outcome = aiot_q_try(self->core, &self->request, AIOT_Q_IN_LINE, NULL, false);
     if (outcome == AIOT_Q_MUST_WAIT) {
         return op_wait(self, result);
