@@ -6,6 +6,9 @@ import contextvars
 import gc
 import inspect
 import math
+import subprocess
+import sys
+import textwrap
 import time
 import warnings
 import weakref
@@ -497,6 +500,37 @@ class TestTime:
                 for _ in range(3):
                     assert 4000 < deadline() - real() < 6000
             assert 0 < deadline() - real() < 1000
+
+    def test_without_watchers_a_patched_clock_is_believed_at_once(self):
+        """An interpreter has eight watchers of types and of dictionaries; others may have taken them."""
+        code = """
+            import asyncio
+            try:
+                import _testcapi
+                adders = _testcapi.add_type_watcher, _testcapi.add_dict_watcher
+            except (ImportError, AttributeError):
+                adders = ()
+            for add in adders:
+                try:
+                    for _ in range(20):
+                        add(0)
+                except RuntimeError:
+                    pass
+            import aiotools
+
+            async def main():
+                loop = asyncio.get_running_loop()
+                for _ in range(3):
+                    assert abs(aiotools.timeout(100).when() - loop.time() - 100) < 50
+                    type(loop).time = lambda self: 5000.0
+                    assert aiotools.timeout(100).when() == 5100
+                    del type(loop).time
+                    await aiotools.sleep(0)
+
+            asyncio.run(main())
+        """
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
 
     @pytest.mark.loop_kinds("uvloop", reason="patched on the instance only")
     async def test_uvloop_s_clock_that_is_patched_after_it_was_read_is_believed_at_once(self):

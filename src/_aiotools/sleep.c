@@ -166,27 +166,36 @@ sleep_new(aiot_state *state, const aiot_awaitable_ops *ops, double seconds, PyOb
     return (PyObject *)self;
 }
 
+/* Two arguments: seconds, under this name, and the result. */
+static inline PyObject *
+sleep_from_args(PyObject *module, const aiot_awaitable_ops *ops, const aiot_params *params, const char *name,
+                PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
+{
+    aiot_state *state = aiot_state_of_module(module);
+    PyObject *given[2];
+    double seconds;
+    if (aiot_bind(state, params, args, nargs, kwnames, given) < 0 || aiot_as_seconds(given[0], name, &seconds) < 0) {
+        return NULL;
+    }
+    return sleep_new(state, ops, seconds, given[1]);
+}
+
 PyDoc_STRVAR(sleep_doc,
 "sleep($module, /, delay, result=None)\n--\n\n"
 "Suspend the current task for delay seconds; await it.\n\n"
 "Zero or less lets everything else that is ready run once, infinity waits until\n"
 "cancelled. The time is counted from when it is awaited, on the clock of the\n"
 "running loop, and it never ends early.\n\n"
-"Returns result. Raises TypeError or ValueError (NaN) at the call, RuntimeError\n"
-"when awaited without a running loop, CancelledError when cancelled.\n\n"
+"Returns result. Raises TypeError, ValueError (NaN) or OverflowError (an int that is\n"
+"no float) at the call, RuntimeError when awaited without a running loop,\n"
+"CancelledError when cancelled.\n\n"
 "A drop-in for asyncio.sleep() that costs no loop handle per sleeper.");
 
 static PyObject *
 aiot_sleep(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
 {
     static const aiot_params params = {"sleep", 2, 1, 2, {AIOT_NAME(delay), AIOT_NAME(result)}};
-    aiot_state *state = aiot_state_of_module(module);
-    PyObject *given[2];
-    double delay;
-    if (aiot_bind(state, &params, args, nargs, kwnames, given) < 0 || aiot_as_seconds(given[0], "delay", &delay) < 0) {
-        return NULL;
-    }
-    return sleep_new(state, &sleep_ops, delay, given[1]);
+    return sleep_from_args(module, &sleep_ops, &params, "delay", args, nargs, kwnames);
 }
 
 PyDoc_STRVAR(sleep_until_doc,
@@ -194,21 +203,16 @@ PyDoc_STRVAR(sleep_until_doc,
 "Suspend the current task until loop.time() reaches when; await it.\n\n"
 "when is in seconds on the clock of the running loop. A time that is past lets\n"
 "everything else that is ready run once, infinity waits until cancelled.\n\n"
-"Returns result. Raises TypeError or ValueError (NaN) at the call, RuntimeError\n"
-"when awaited without a running loop, CancelledError when cancelled.\n\n"
+"Returns result. Raises TypeError, ValueError (NaN) or OverflowError (an int that is\n"
+"no float) at the call, RuntimeError when awaited without a running loop,\n"
+"CancelledError when cancelled.\n\n"
 "The absolute twin of sleep(), as loop.call_at() is of loop.call_later().");
 
 static PyObject *
 aiot_sleep_until(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *kwnames)
 {
     static const aiot_params params = {"sleep_until", 2, 1, 2, {AIOT_NAME(when), AIOT_NAME(result)}};
-    aiot_state *state = aiot_state_of_module(module);
-    PyObject *given[2];
-    double when;
-    if (aiot_bind(state, &params, args, nargs, kwnames, given) < 0 || aiot_as_seconds(given[0], "when", &when) < 0) {
-        return NULL;
-    }
-    return sleep_new(state, &sleep_until_ops, when, given[1]);
+    return sleep_from_args(module, &sleep_until_ops, &params, "when", args, nargs, kwnames);
 }
 
 PyDoc_STRVAR(checkpoint_doc,

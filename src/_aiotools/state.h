@@ -142,6 +142,8 @@
     V(leave_task, "asyncio", "_leave_task") \
     V(SimpleNamespace, "types", "SimpleNamespace") \
     V(task_cancelling, "asyncio", "Task.cancelling") \
+    V(task_done, "asyncio", "Task.done") \
+    V(task_exception, "asyncio", "Task.exception") \
     V(time_module_dict, "time", "__dict__") \
     V(time_monotonic, "time", "monotonic")
 

@@ -1150,9 +1150,9 @@ PyDoc_STRVAR(timeout_doc,
 "The time is counted from this call, on the clock of the running loop, and it never\n"
 "ends early. Zero or less expires at the next iteration of the loop; None and\n"
 "infinity never do.\n\n"
-"Returns a Timeout. Raises TypeError or ValueError (NaN) for a bad delay, and\n"
-"RuntimeError without a running loop. The block raises TimeoutError when the time is\n"
-"over.\n\n"
+"Returns a Timeout. Raises TypeError, ValueError (NaN) or OverflowError (an int that\n"
+"is no float) for a bad delay, and RuntimeError without a running loop. The block\n"
+"raises TimeoutError when the time is over.\n\n"
 "A drop-in for asyncio.timeout() that understands exception groups.");
 
 static PyObject *
@@ -1193,8 +1193,8 @@ PyDoc_STRVAR(timeout_at_doc,
 "End the body of an `async with` block when loop.time() reaches when.\n\n"
 "A time that is past expires at the next iteration of the loop; None and infinity\n"
 "never expire.\n\n"
-"Returns a Timeout. Raises TypeError or ValueError (NaN) for a bad when. The block\n"
-"raises TimeoutError when the time is over.\n\n"
+"Returns a Timeout. Raises TypeError, ValueError (NaN) or OverflowError (an int that\n"
+"is no float) for a bad when. The block raises TimeoutError when the time is over.\n\n"
 "A drop-in for asyncio.timeout_at() that understands exception groups.");
 
 static PyObject *

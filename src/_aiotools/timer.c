@@ -422,6 +422,15 @@ run_tick_failed(RunObject *self, PyObject *task, PyObject *exc)
     return run_report(self, task, exc, message);
 }
 
+/* task.done() or task.exception(), of all ticks: without the look-up, which is most of what that costs, where the type is the
+ * one that most tasks have and that cannot be changed. */
+static inline PyObject *
+ask_task(aiot_state *state, PyObject *task, PyObject *function, PyObject *name)
+{
+    return (PyObject *)Py_TYPE(task) == state->asyncio_Task ? PyObject_CallOneArg(function, task)
+                                                            : PyObject_CallMethodNoArgs(task, name);
+}
+
 /* task.cancelling() > 0; 0 for what has no such method. */
 static int
 is_being_cancelled(aiot_state *state, PyObject *task)
@@ -446,7 +455,7 @@ find_tick_error(RunObject *self, PyObject *task, TickObject *tick, bool *cancell
     aiot_state *state = run_state(self);
     *error = NULL;
     *cancelled = false;
-    PyObject *exc = PyObject_CallMethodNoArgs(task, state->str_exception);
+    PyObject *exc = ask_task(state, task, state->task_exception, state->str_exception);
     if (exc == NULL) {
         if (!PyErr_ExceptionMatches(state->CancelledError)) {
             return -1;
@@ -626,7 +635,7 @@ run_watch(RunObject *self, PyObject *task, double started_at)
 static int
 is_done(aiot_state *state, PyObject *task)
 {
-    PyObject *answer = PyObject_CallMethodNoArgs(task, state->str_done);
+    PyObject *answer = ask_task(state, task, state->task_done, state->str_done);
     if (answer == NULL) {
         return -1;
     }
