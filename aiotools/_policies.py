@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,7 +135,7 @@ async def _attempts(factory: Any, timeout: Any, policy: Any, again: bool, scope:
 class Gate:
     """Lets so many children of a scope run at once, in the order in which they were created."""
 
-    __slots__ = ("_free", "_waiting")
+    __slots__ = ("_free", "_held", "_waiting")
 
     def __init__(self, limit: int) -> None:
         if not isinstance(limit, int) or isinstance(limit, bool):
@@ -142,14 +143,17 @@ class Gate:
         if limit < 1:
             raise ValueError(f"limit must be at least 1, not {limit!r}")
         self._free = limit
+        #: a coroutine that start_task() has got a place for already
+        self._held: Coroutine[Any, Any, Any] | None = None
         self._waiting: deque[asyncio.Future[None]] = deque()
 
     def __call__(self, coro: Coroutine[Any, Any, Any]) -> Coroutine[Any, Any, Any]:
         if not asyncio.iscoroutine(coro):
             raise TypeError(f"a coroutine was expected, not {type(coro).__name__!r}")
-        if isinstance(coro, _Gated) and coro._gate is self:
+        if coro is self._held:
+            self._held = None
             return coro
-        return _Gated(self, coro, self.claim())
+        return gated(self, coro, self.claim())
 
     def claim(self) -> asyncio.Future[None] | None:
         """A place, or one's turn to get one: a future to pass to wait_for_turn()."""
@@ -177,86 +181,34 @@ class Gate:
         self._free += 1
 
 
-class _Gated(Coroutine[Any, Any, Any]):
-    """A coroutine that starts when its gate lets it in, and that is closed if it never does."""
+def gated(gate: Gate, coro: Coroutine[Any, Any, Any], turn: asyncio.Future[None] | None) -> Coroutine[Any, Any, Any]:
+    """A coroutine that runs *coro* when it is its turn, and closes it if that never comes.
 
-    __slots__ = ("__name__", "__qualname__", "_coro", "_gate", "_held", "_run", "_started", "_turn")
+    It is a real one, so that debuggers and ``python -m asyncio ps`` see through it, and it
+    stands at its first suspension already, so that nothing can end it unseen: no
+    cancellation or close() before the first step of its task.
+    """
+    run: Any = _gated(gate, coro, turn)
+    run.__name__ = getattr(coro, "__name__", type(coro).__name__)
+    run.__qualname__ = getattr(coro, "__qualname__", run.__name__)
+    run.send(None)
+    return run  # type: ignore[no-any-return]
 
-    def __init__(self, gate: Gate, coro: Coroutine[Any, Any, Any], turn: asyncio.Future[None] | None) -> None:
-        self._gate = gate
-        self._coro = coro
-        self._turn = turn
-        self._held = True
-        self._started = False
-        self.__name__ = getattr(coro, "__name__", type(coro).__name__)
-        self.__qualname__ = getattr(coro, "__qualname__", self.__name__)
-        self._run: Any = self._gated()
 
-    async def _gated(self) -> Any:
-        try:
-            if self._turn is not None:
-                await self._turn
-            return await self._coro
-        finally:
-            self._held = False
-            self._gate.give_up(self._turn)
+async def _gated(gate: Gate, coro: Coroutine[Any, Any, Any], turn: asyncio.Future[None] | None) -> Any:
+    try:
+        await _begin()
+        if turn is not None:
+            await turn
+        return await coro
+    finally:
+        gate.give_up(turn)
+        coro.close()
 
-    def send(self, value: Any) -> Any:
-        """Take one step."""
-        self._started = True
-        return self._run.send(value)
 
-    def throw(self, *exc_info: Any) -> Any:
-        """Raise an exception at the point of suspension; before the first step, end at once."""
-        if not self._started:
-            self.close()
-        if self._run.cr_frame is None:
-            raise exc_info[0]
-        try:
-            return self._run.throw(*exc_info)
-        finally:
-            if self._run.cr_frame is None:
-                # It may have been waiting for its turn.
-                self._coro.close()
-
-    def close(self) -> None:
-        """Close both, without a warning for what never started."""
-        self._run.close()
-        self._coro.close()
-        if self._held:
-            self._held = False
-            self._gate.give_up(self._turn)
-
-    def __del__(self) -> None:
-        if self._run.cr_frame is not None:
-            self.close()
-
-    def __await__(self) -> Any:
-        self._started = True
-        return self._run.__await__()
-
-    # What task reprs, stacks and debuggers look at: the coroutine itself.
-
-    @property
-    def cr_frame(self) -> Any:
-        """Its frame."""
-        return getattr(self._coro, "cr_frame", None)
-
-    @property
-    def cr_code(self) -> Any:
-        """Its code."""
-        return getattr(self._coro, "cr_code", None)
-
-    @property
-    def cr_running(self) -> bool:
-        """Whether it is being run right now."""
-        return bool(self._run.cr_running)
-
-    @property
-    def cr_await(self) -> Any:
-        """What it waits for, its turn included."""
-        waits_for = self._run.cr_await
-        return getattr(self._coro, "cr_await", None) if waits_for is self._coro else waits_for
+@types.coroutine
+def _begin() -> Generator[None, None, None]:
+    yield
 
 
 async def start_task(scope: Any, coro: Coroutine[Any, Any, Any], /, **kwargs: Any) -> asyncio.Task[Any]:
@@ -273,4 +225,9 @@ async def start_task(scope: Any, coro: Coroutine[Any, Any, Any], /, **kwargs: An
         coro.close()
         raise
     # Refused, it is closed, which gives the place back.
-    return scope.create_task(_Gated(gate, coro, None), **kwargs)  # type: ignore[no-any-return]
+    gate._held = run = gated(gate, coro, None)
+    try:
+        return scope.create_task(run, **kwargs)  # type: ignore[no-any-return]
+    finally:
+        gate._held = None
+        del run

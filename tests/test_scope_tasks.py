@@ -7,6 +7,7 @@ groups, with asyncio.TaskGroup beside them where it answers the same.
 import asyncio
 import contextvars
 import gc
+import inspect
 import io
 import os
 import subprocess
@@ -161,6 +162,46 @@ class TestWhatATaskTells:
             assert await asyncio.gather(*tasks) == list(range(MANY))
             done, pending = await asyncio.wait(tasks)
             assert done == set(tasks) and not pending
+
+
+class TestUnderALimit:
+    """The child's coroutine is inside one that waits for its turn."""
+
+    async def test_it_is_a_coroutine_with_the_name_of_the_child_that_awaits_it(self):
+        event = asyncio.Event()
+        coros = [wait_for(event) for _ in range(4)]
+        async with TaskScope(limit=2) as scope:
+            tasks = [scope.create_task(coro) for coro in coros]
+            await turns(2)
+            assert all(inspect.iscoroutine(task.get_coro()) for task in tasks)
+            assert all(task.get_coro().__qualname__ == "wait_for" for task in tasks)
+            assert [task.get_coro().cr_await for task in tasks[:2]] == coros[:2]
+            assert [inspect.getcoroutinestate(coro) for coro in coros] == ["CORO_SUSPENDED"] * 2 + ["CORO_CREATED"] * 2
+            assert "wait_for()" in repr(tasks[0])
+            event.set()
+
+    async def test_the_traceback_of_a_failure_ends_in_the_child(self):
+        async with TaskScope(limit=1, exception_handler=None) as scope:
+            task = scope.create_task(fail())
+        names = [frame.name for frame in traceback.extract_tb(task.exception().__traceback__)]
+        assert names[-2:] == ["fail", "fail_deep"]
+
+    @pytest.mark.parametrize("started", [False, True])
+    async def test_one_that_is_cancelled_gives_its_place_to_the_next(self, started):
+        ran = []
+
+        async def child(number):
+            ran.append(number)
+            await turns(3)
+
+        async with TaskScope(limit=1) as scope:
+            tasks = [scope.create_task(child(number)) for number in range(4)]
+            if started:
+                await turns(1)
+            tasks[0].cancel()
+            tasks[2].cancel()
+        assert ran in ([1, 3], [0, 1, 3])
+        assert [task.cancelled() for task in tasks] == [True, False, True, False]
 
 
 class TestEndsWithoutABeginning:
@@ -371,6 +412,17 @@ class TestCallGraphs:
             assert [entry.frame.f_code.co_name for entry in graph.call_stack] == ["wait", "inner", "child"]
             assert [waiter.future for waiter in graph.awaited_by] == [asyncio.current_task()]
 
+    async def test_a_child_under_a_limit_shows_its_stack_too(self):
+        async def spawn(child):
+            async with TaskScope(limit=MANY) as owner:
+                for _ in range(MANY):
+                    owner.create_task(child())
+
+        for graph in await self.graphs_of_children(spawn):
+            names = [entry.frame.f_code.co_name for entry in graph.call_stack]
+            assert names[:3] == ["wait", "inner", "child"]
+            assert [waiter.future for waiter in graph.awaited_by] == [asyncio.current_task()]
+
     async def test_nobody_waits_for_a_child_that_has_ended(self):
         async with TaskScope() as scope:
             tasks = [scope.create_task(turns(1)) for _ in range(MANY)]
@@ -403,7 +455,7 @@ class TestAsyncioTools:
 
         async def main():
             event = asyncio.Event()
-            async with aiotools.TaskScope() as scope:
+            async with aiotools.TaskScope(limit={limit}) as scope:
                 for number in range({many}):
                     scope.create_task(crawl(event), name=f"crawler {{number}}")
                 await asyncio.to_thread(print, "ready", flush=True)
@@ -411,12 +463,14 @@ class TestAsyncioTools:
                 event.set()
 
         asyncio.run(main())
-    """).format(many=MANY)
+    """)
 
+    @pytest.mark.parametrize("limit", [None, MANY], ids=["plain", "limited"])
     @pytest.mark.parametrize("command", ["ps", "pstree"])
-    def test_they_show_names_stacks_and_who_waits(self, command):
+    def test_they_show_names_stacks_and_who_waits(self, command, limit):
+        program = self.PROGRAM.format(many=MANY, limit=limit)
         result = subprocess.run(
-            [sys.executable, "-c", self.TOOL, command, self.PROGRAM], capture_output=True, text=True, timeout=50
+            [sys.executable, "-c", self.TOOL, command, program], capture_output=True, text=True, timeout=50
         )
         assert result.returncode == 0, result.stderr
         lines = result.stdout.splitlines()
