@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import copy
 
 import aiotools
 from aiotools import _aiotools
@@ -36,6 +37,16 @@ async def managers_that_are_entered_and_left():
         assert value == 5
     async with straight() as value:
         assert value == 1
+
+
+@operation("AsyncContextManager", "SendingContextManager")
+async def managers_that_are_copied():
+    for made in (manager(value=5), Sending(manager.__wrapped__, (), {})):
+        made.attribute = made
+        twin = copy.copy(made)
+        async with twin:
+            pass
+        del made.attribute, twin.attribute
 
 
 @operation("AsyncContextManager")
