@@ -195,7 +195,10 @@ class _MPChildProcess(AbstractChildProcess):
             self.core_dumped = info.si_code == os.CLD_DUMPED
             return self._finish(self._proc.exitcode)
         code = self._proc.exitcode
-        return None if code is None else self._finish(code)
+        if code is None:
+            return None
+        self.core_dumped = getattr(getattr(self._proc, "_popen", None), "core_dumped", None)
+        return self._finish(code)
 
     def _finish(self, code: int | None) -> int:
         if code is None:
@@ -230,6 +233,14 @@ class _MPChildProcess(AbstractChildProcess):
                 return
         if signum != getattr(signal, "SIGKILL", None):
             log.warning("%r.send_signal(%d): The process has already terminated.", self, signum)
+
+    def tell(self, signum: int) -> None:
+        """As :meth:`send_signal`, for a child that may well have ended by now: no warning."""
+        if self._returncode is None:
+            try:
+                self._deliver(signum)
+            except (ProcessLookupError, PermissionError):
+                pass
 
     def _kill(self) -> None:
         """SIGKILL without the warning, for a child that never came up."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import importlib
 import itertools
 import json
 import os
@@ -479,4 +480,38 @@ def extra_with_pid(loop, index, args):
 @server_context
 async def tells_its_loop(loop, index, args):
     args[0].send(("loop", index, type(loop).__module__))
+    yield
+
+
+# Fork servers
+
+IMPORTED_BY = os.getpid()
+
+
+@server_context
+async def tells_where(loop, index, args):
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    args[0].send(("where", index, os.getppid(), os.getpid(), IMPORTED_BY, mask))
+    yield
+
+
+def extra_where(loop, index, args):
+    args[0].send(("where", index, os.getppid(), None, None, None))
+    nap()
+
+
+@server_context
+async def tells_surroundings(loop, index, args):
+    wire, name = args
+    umask = os.umask(0)
+    os.umask(umask)
+    wire.send(("surroundings", os.getpid(), os.environ.get(name), umask))
+    yield
+
+
+@server_context
+async def tells_library(loop, index, args):
+    wire, name = args
+    library = importlib.import_module(name)
+    wire.send(("library", library.version, library.pid, os.getpid()))
     yield

@@ -21,13 +21,16 @@ from process_helpers import PATIENCE, START_METHODS, children_of, nothing_left_f
 from server_play import RUNNERS, Play, kill, script
 
 from aiotools.server import LogConfig, start_server
+from aiotools.server.nurseries import nursery_usable
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
 
 #: Rolling restarts in a row; the promise is of 200.
 RESTARTS = int(os.environ.get("AIOTOOLS_TEST_RESTARTS", "20"))
 LOOPS = [name for name in ("default", "uvloop") if name in RUNNERS]
-KINDS = [*START_METHODS, "thread"]
+#: "nursery": the fork server of a managed server's own, which it has where no start method is asked for.
+PROCESSES = [*START_METHODS, *(["nursery"] if nursery_usable() else [])]
+KINDS = [*PROCESSES, "thread"]
 
 
 class Setup(Play):
@@ -35,11 +38,14 @@ class Setup(Play):
 
     def __init__(self, kind, loop):
         self.kind = kind
-        super().__init__(START_METHODS[0] if kind == "thread" else kind, loop)
+        super().__init__(kind if kind in START_METHODS else START_METHODS[0], loop)
 
     def start(self, worker, *given, **kwargs):
         if self.kind == "thread":
             kwargs.setdefault("worker_kind", "thread")
+        if self.kind == "nursery":
+            # Something of its own makes any server a managed one.
+            kwargs = {"mp_context": None, "boot_failure_limit": 4, **kwargs}
         return super().start(worker, *given, report=True, **kwargs)
 
 
@@ -50,7 +56,7 @@ def any_kind(request, nothing_left):
         yield setup
 
 
-@pytest.fixture(params=[(k, loop) for k in START_METHODS for loop in LOOPS], ids="-".join)
+@pytest.fixture(params=[(k, loop) for k in PROCESSES for loop in LOOPS], ids="-".join)
 def processes(request, nothing_left):
     setup = Setup(*request.param)
     with setup.wire:
@@ -248,7 +254,7 @@ class TestResources:
         assert processes.of("leave") == [(0, signal.SIGTERM)]
         assert report.workers[0].code == 0
 
-    @pytest.mark.parametrize("kind", [START_METHODS[0], "thread"])
+    @pytest.mark.parametrize("kind", [START_METHODS[0], "thread", *PROCESSES[len(START_METHODS) :]])
     @pytest.mark.parametrize("loop", LOOPS)
     def test_many_restarts_need_no_more_of_anything(self, kind, loop):
         """Descriptors, processes, threads and memory are compared on the way as well as around the test."""
@@ -258,7 +264,8 @@ class TestResources:
         def again():
             with open("/proc/self/statm") as f:
                 memory.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-            counts.append((len(os.listdir("/proc/self/fd")), len(children_of()), threading.active_count()))
+            children = children_of() - set(play.sup.nurseries.pids() if play.sup.nurseries else ())
+            counts.append((len(os.listdir("/proc/self/fd")), len(children), threading.active_count()))
             kill(signal.SIGHUP if play.sup.generation < RESTARTS else signal.SIGTERM)
 
         play.on_event("ready", again)
@@ -397,7 +404,12 @@ async def worker(loop, index, args):
 
 if __name__ == "__main__":
     kind, loop, stream = sys.argv[1:]
-    kwargs = {"worker_kind": "thread"} if kind == "thread" else {"mp_context": multiprocessing.get_context(kind)}
+    if kind == "thread":
+        kwargs = {"worker_kind": "thread"}
+    elif kind == "nursery":
+        kwargs = {"boot_failure_limit": 4}
+    else:
+        kwargs = {"mp_context": multiprocessing.get_context(kind)}
     report = start_server(worker, num_workers=2, args=(stream,), run_to_completion=True, report=True,
         loop_factory={"default": "asyncio"}.get(loop, loop), **kwargs)
     assert [w.code for w in report.workers] == [1, 1], report

@@ -79,6 +79,8 @@ def add_parsers(commands: Any) -> None:
     add("--max-requests", type=int, default=None, metavar="N", help="replace a worker after so many requests")
     add("--max-age", type=float, default=None, metavar="S", help="replace a worker after so many seconds")
     add("--max-memory", type=_size, default=None, metavar="SIZE", help="replace a worker that is larger (512M, 2G)")
+    add("--preload", action="append", default=[], metavar="MODULE",
+        help="a large library to import once for all workers (Linux); may be repeated")  # fmt: skip
     add("--backlog", type=int, default=2048, metavar="N", help="length of the accept queue")
     add("--reuse-port", action="store_true", help="one TCP socket per worker")
     add("--socket-mode", type=_mode, default=None, metavar="OCTAL", help="permissions of Unix sockets")
@@ -164,6 +166,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
             max_requests=arguments.max_requests,
             max_age=arguments.max_age,
             max_memory=arguments.max_memory,
+            preload=arguments.preload,
             pidfile=arguments.pidfile,
             control_socket=arguments.control,
         )

@@ -16,6 +16,7 @@ from .board import StatusBoard
 from .control import ControlSocket, PidFile
 from .heartbeat import Heartbeat, beat_interval
 from .logs import LogServer
+from .nurseries import nursery_usable
 from .options import ServerOptions, loop_runner
 from .plugins import ServerPlugin
 from .report import ServerReport
@@ -63,6 +64,7 @@ def start_server(
     max_memory: int | None = None,
     recycle_jitter: float = 0.1,
     hang_timeout: float | None = None,
+    preload: Sequence[str] = (),
     control_socket: Any = None,
     pidfile: Any = None,
     log_config: Any = None,
@@ -86,8 +88,9 @@ def start_server(
     :param num_workers: how many workers.
     :param args: arguments for the workers, after those that the main context yields.
     :param wait_timeout: seconds after the stop signal at which remaining children are killed.
-    :param mp_context: the multiprocessing context; default: the default one, for a managed server
-        ``spawn`` (a rolling restart needs freshly imported code).
+    :param mp_context: the multiprocessing context; default: the default one.  A managed server needs freshly imported
+        code for a rolling restart: its default is ``spawn``, or what has the same effect in less time, a fork server
+        of its own that imports nothing of the program (Linux).
     :param prestart_hook: called with the index in each child before it has a loop.
     :param ignore_child_interrupts: a failing worker does not stop the server.
     :param run_to_completion: do not wait for a signal; workers leave at once, extras run to their end.
@@ -132,6 +135,7 @@ def start_server(
     for target in (worker_actxmgr, *extra_procs):
         if isinstance(target, str):
             parse_target(target)
+    with_nursery = mp_context is None and options.managed and nursery_usable()
     if mp_context is None:
         mp_context = multiprocessing.get_context("spawn" if options.managed else None)
     if options.loop_factory is not None:
@@ -169,6 +173,7 @@ def start_server(
             runner=runner,
             options=options,
             sockets=sockets,
+            with_nursery=with_nursery,
         )
         if logs is not None:
             sup.plugins.insert(0, logs)  # what the others log at their start and end is to be seen

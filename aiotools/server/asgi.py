@@ -45,6 +45,16 @@ def _make(app: Any, config: dict[str, Any], loop: Any, index: int, args: Any) ->
     return AsyncServerContextManager(_serve, (app, config), {})
 
 
+#: What uvicorn imports when it is configured; a fork server has it already.
+_make._aiotools_preload = (  # type: ignore[attr-defined]
+    "uvicorn",
+    "uvicorn.lifespan.on",
+    "uvicorn.middleware.proxy_headers",
+    "uvicorn.protocols.http.auto",
+    "uvicorn.protocols.websockets.auto",
+)
+
+
 async def _serve(app: Any, options: dict[str, Any]) -> AsyncGenerator[None, Any]:
     try:
         import uvicorn

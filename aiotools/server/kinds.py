@@ -1,7 +1,7 @@
 """How a child of each kind is started, told and awaited: one interface for three kinds.
 
-A handle has ``pid``, ``wait()`` (exit code, or minus a signal's number), ``send_signal()`` and
-``kill()``.  A process is an :mod:`aiotools.fork` child.  A thread has no signals and cannot be killed:
+A handle has ``pid``, ``wait()`` (exit code, or minus a signal's number), ``send_signal()``, ``tell()`` (the
+same without complaint) and ``kill()``.  A process is an :mod:`aiotools.fork` child.  A thread has no signals and cannot be killed:
 its handle ignores the first (the channel says the same) and gives it up on the second.
 """
 
@@ -30,7 +30,7 @@ ABANDONED = -1000
 
 
 async def start_process(spec: WorkerSpec, mp_context: Any) -> Any:
-    """Start a process; it is up (but not ready) on return."""
+    """Start a process with *mp_context*; it is up (but not ready) on return."""
     name = f"{spec.role}-{spec.index}"
     return await start_child(
         functools.partial(run_child, spec), mp_context=mp_context, block=spec.stop_signals, name=name
@@ -84,6 +84,8 @@ class ThreadHandle:
 
     def send_signal(self, signum: int) -> None:
         pass
+
+    tell = send_signal
 
     def kill(self) -> None:
         """Give the thread up: it goes on, but nobody waits for it."""

@@ -61,6 +61,9 @@ class ServerOptions:
     :param max_memory: resident memory in bytes beyond which it is.
     :param recycle_jitter: fraction by which these limits vary from worker to worker.
     :param hang_timeout: seconds without a turn of its loop after which a worker is killed and replaced.
+    :param preload: names of modules that each generation imports once, for all its processes: large libraries, say.
+        They may start no thread and open nothing.  Works where the server has a fork server of its own (Linux,
+        without *mp_context*); what the program imports itself is imported anew by each worker.
     :param control_socket: path of a Unix socket that takes commands.
     :param pidfile: path of a file that holds the parent's process id while the server runs.
     :param log_config: how records of all processes reach the parent's handlers (see ``logs.py``).
@@ -88,6 +91,7 @@ class ServerOptions:
     max_memory: int | None = None
     recycle_jitter: float = 0.1
     hang_timeout: float | None = None
+    preload: Sequence[str] = ()
     control_socket: Any = None
     pidfile: Any = None
     log_config: Any = None
@@ -101,6 +105,8 @@ class ServerOptions:
             raise ValueError(f"restart must be one of {', '.join(RESTARTS)}, not {self.restart!r}")
         if isinstance(self.bind, str):
             object.__setattr__(self, "bind", (self.bind,))
+        if isinstance(self.preload, str) or not all(isinstance(name, str) for name in self.preload):
+            raise TypeError(f"preload must be a sequence of names of modules, not {self.preload!r}")
         for name in ("backoff", "backoff_max", "min_uptime", "cancel_timeout"):
             _seconds(name, getattr(self, name), optional=False)
         for name in ("drain_timeout",):

@@ -67,6 +67,7 @@ from typing import Any
 from ..fork import ChildStartError, keep_from_children
 from .channel import Channel
 from .kinds import ABANDONED, InterpreterHandle, ThreadHandle, start_process
+from .nurseries import Nurseries
 from .options import ServerOptions
 from .plugins import ServerPlugin, WorkerPlugin
 from .report import ServerFailed, ServerReport, WorkerRecord
@@ -226,6 +227,7 @@ class Supervisor:
         runner: Callable[[Any], Any],
         options: ServerOptions,
         sockets: ListenSockets | None = None,
+        with_nursery: bool = False,
     ) -> None:
         self.worker = worker
         self.extras = list(extras)
@@ -242,6 +244,9 @@ class Supervisor:
         self.managed = options.managed
         self.plugins: list[ServerPlugin] = list(options.plugins)
         self.sockets = sockets
+        self.nurseries: Nurseries | None = None
+        if with_nursery:
+            self.nurseries = Nurseries(mp_context, preload_for(worker, options), self.stop_signals)
         self.slots: dict[int, Slot] = {}
         self.children: list[Child] = []
         self.report = ServerReport()
@@ -294,6 +299,8 @@ class Supervisor:
                     await self._run_children()
                 finally:
                     await self._end_all()
+                    if self.nurseries is not None:
+                        await self.nurseries.close()
                 self.report.stop_signal = self.stop_signal
                 self.report.reason = self.stop_reason
         finally:
@@ -404,6 +411,8 @@ class Supervisor:
                         self.recycle(child, f"{child.record.memory} bytes resident")
             for plugin in self.plugins:
                 self._hook(plugin.tick, time.monotonic())
+            if self.nurseries is not None:
+                self.nurseries.collect()
 
     async def _wait_all_gone(self) -> None:
         while self.children:
@@ -536,7 +545,7 @@ class Supervisor:
         child.send("stop", signal=int(signum), reason=reason)
         if child.handle is not None:
             with contextlib.suppress(OSError):
-                child.handle.send_signal(signum)
+                child.handle.tell(signum)  # the message may have reached it first
 
     def _arm_budgets(self, child: Child) -> None:
         """Drain, then cancel, then kill."""
@@ -651,7 +660,10 @@ class Supervisor:
             child.channel.attach(self.loop, lambda message: self._on_message(child, message))
             self._child_event(child, "starting")
             if child.kind == "process":
-                child.handle = await start_process(spec, self.mp_context)
+                if self.nurseries is not None:
+                    child.handle = await self.nurseries.start(spec)
+                else:
+                    child.handle = await start_process(spec, self.mp_context)
             elif child.kind == "thread":
                 spec.sockets = [s.dup() for s in sockets]
                 child.handle = ThreadHandle(spec, lambda: run_child(spec))
@@ -1046,12 +1058,16 @@ class Supervisor:
         if failed is not None:
             self.abandoned = f"generation {generation} was abandoned: {failed}"
             log.error("rolling restart: %s; the old workers go on", self.abandoned)
+            if self.nurseries is not None:
+                self.nurseries.keep_only(self.generation)
             self._event("abandoned", generation=generation, reason=failed)
         else:
             self.generation = generation
             self.abandoned = None
             # Nobody starts the code of earlier ones any more.
             self._thread_targets = {g: t for g, t in self._thread_targets.items() if g >= generation}
+            if self.nurseries is not None:
+                self.nurseries.keep_only(generation)
             log.info("rolling restart: generation %d serves", generation)
             self._event("reloaded", generation=generation)
 
@@ -1178,6 +1194,15 @@ def foreign_extensions() -> list[str]:
         if (getattr(module, "__file__", None) or "").endswith(suffixes)
         and name.partition(".")[0] not in sys.stdlib_module_names
     )
+
+
+def preload_for(worker: Any, options: ServerOptions) -> list[str]:
+    """What the fork servers of a server import: what was asked for, and what its kind of worker is known to need."""
+    modules = list(options.preload)
+    if options.loop_factory == "uvloop":
+        modules.append("uvloop")
+    modules += getattr(getattr(worker, "func", worker), "_aiotools_preload", ())
+    return modules
 
 
 def resident_memory(pid: int) -> int | None:
