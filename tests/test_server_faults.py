@@ -254,6 +254,7 @@ class TestResources:
         assert processes.of("leave") == [(0, signal.SIGTERM)]
         assert report.workers[0].code == 0
 
+    @pytest.mark.timeout(300 + 10 * RESTARTS)
     @pytest.mark.parametrize("kind", [START_METHODS[0], "thread", *PROCESSES[len(START_METHODS) :]])
     @pytest.mark.parametrize("loop", LOOPS)
     def test_many_restarts_need_no_more_of_anything(self, kind, loop):

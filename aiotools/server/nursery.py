@@ -30,6 +30,7 @@ import io
 import multiprocessing.context
 import multiprocessing.process
 import os
+import pickle
 import selectors
 import signal
 import socket
@@ -99,11 +100,11 @@ class Nursery:
         """
         assert self._sock is not None
         loop = asyncio.get_running_loop()
-        readable = loop.create_future()
+        readable = asyncio.Event()
         fd = self._sock.fileno()
-        loop.add_reader(fd, lambda: readable.done() or readable.set_result(None))
+        loop.add_reader(fd, readable.set)
         try:
-            await readable
+            await readable.wait()
         finally:
             loop.remove_reader(fd)
         try:
@@ -134,11 +135,12 @@ class Nursery:
             raise ValueError("too many file descriptors to pass")
         if self._sock is None:
             raise NurseryError("the fork server is closed")
+        tracker: Any = resource_tracker.getfd()
         status_r, status_w = os.pipe()
         orders_r, orders_w = os.pipe()
         try:
             try:
-                socket.send_fds(self._sock, [b"F"], [orders_r, status_w, resource_tracker.getfd(), *fds])
+                socket.send_fds(self._sock, [b"F"], [orders_r, status_w, tracker, *fds])
             finally:
                 os.close(orders_r)
                 os.close(status_w)
@@ -210,10 +212,10 @@ class _Popen(Popen):
             reduction.dump(process_obj, orders)
         finally:
             multiprocessing.context.set_spawning_popen(None)
-        self.pid, self.sentinel, writer = process_obj._nursery.new_process(self._fds)
+        self.pid, self.sentinel, writer = process_obj._nursery.new_process(self._fds)  # type: ignore[attr-defined]
         # Another writing end stays open while this process lives: multiprocessing.parent_process() relies on it.
         parent = os.dup(writer)
-        self.finalizer = util.Finalize(self, util.close_fds, (parent, self.sentinel))
+        self.finalizer = util.Finalize(self, util.close_fds, (parent, self.sentinel))  # type: ignore[attr-defined]
         with contextlib.suppress(BrokenPipeError), open(writer, "wb") as f:  # it was killed: its status says so
             f.write(orders.getbuffer())
 
@@ -361,7 +363,7 @@ def _fork(children: dict[int, int], fds: list[int], into_child: Callable[[], Non
         os.close(status)
         code = _live(orders, tracker, inherited)
     except BaseException:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         with contextlib.suppress(AttributeError, ValueError, OSError):
             sys.stderr.flush()
     finally:
@@ -370,20 +372,20 @@ def _fork(children: dict[int, int], fds: list[int], into_child: Callable[[], Non
 
 def _live(orders: int, tracker: int, inherited: list[int]) -> int:
     """A child: becomes the process that its orders describe, as multiprocessing does it."""
-    resource_tracker._resource_tracker._fd = tracker
+    resource_tracker._resource_tracker._fd = tracker  # type: ignore[attr-defined]
     forkserver._forkserver._inherited_fds = inherited  # type: ignore[attr-defined]
     importlib.invalidate_caches()
     parent = os.dup(orders)
     current: Any = multiprocessing.process.current_process()
     with open(orders, "rb") as f:
-        surroundings = reduction.pickle.load(f)
+        surroundings = pickle.load(f)
         os.environ.clear()
         os.environ.update(surroundings["environ"])
         os.umask(surroundings["umask"])
         current._inheriting = True
         try:
-            spawn.prepare(reduction.pickle.load(f))
-            process = reduction.pickle.load(f)
+            spawn.prepare(pickle.load(f))
+            process = pickle.load(f)
         finally:
             del current._inheriting
     return int(process._bootstrap(parent))
