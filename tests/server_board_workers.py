@@ -33,6 +33,21 @@ async def stops_turning(loop, index, args):
         task.cancel()
 
 
+@server_context
+async def hangs_until(loop, index, args):
+    """(path): the first one hangs in Python code until that file is there."""
+    task = asyncio.create_task(patient_friend(), name="the patient friend")
+    if current_worker().serial == 1:
+        loop.call_later(0.02, wait_for_file, args[0])
+    yield
+    task.cancel()
+
+
+def wait_for_file(path):
+    while not os.path.exists(path):
+        pass
+
+
 async def patient_friend():
     await asyncio.Event().wait()
 

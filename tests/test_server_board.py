@@ -14,6 +14,7 @@ from server_play import Play, kill, script
 
 from aiotools._aiotools import _record_read, _record_write
 from aiotools.server import board as boards
+from aiotools.server import start_server
 from aiotools.server.board import Board, SlotStatus, StatusBoard
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
@@ -284,6 +285,37 @@ class TestHangs:
     def test_a_worker_that_was_stopped_by_a_signal_is_killed_without_evidence(self, quick, caplog):
         self.run(quick, "stopped")
         assert "(none to be had)" in caplog.text
+
+    @pytest.mark.parametrize("kind", ["thread", pytest.param("interpreter", marks=pytest.mark.skipif(
+        sys.version_info < (3, 14), reason="interpreters came with 3.14"))])  # fmt: skip
+    def test_workers_that_are_no_processes_show_their_stacks_too(self, quick, kind, caplog, tmp_path):
+        """And are given up: nothing else can be done to them."""
+        go = tmp_path / "go"
+
+        class Successor(boards.ServerPlugin):
+            def child_event(self, child, event):
+                if event == "ready" and child.slot.serial > 1:
+                    kill(signal.SIGTERM)
+
+        threads = set(threading.enumerate())
+        try:
+            report = start_server(
+                "server_board_workers:hangs_until",
+                quick.main(str(go), wire=False),
+                worker_kind=kind,
+                hang_timeout=0.4,
+                restart="on-failure",
+                report=True,
+                plugins=[Successor()],
+            )
+        finally:
+            go.touch()
+            for thread in set(threading.enumerate()) - threads:
+                thread.join(PATIENCE)
+        assert report.workers[0].reason.startswith("hung")
+        assert "in wait_for_file" in caplog.text
+        assert "the patient friend" in caplog.text
+        assert "in patient_friend" in caplog.text
 
     def test_it_is_found_after_the_timeout_and_not_before(self, quick, caplog):
         self.run(quick, "python", num_workers=1)

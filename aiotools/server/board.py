@@ -268,6 +268,8 @@ class BoardWatchdog(WorkerPlugin):
         hang = self._hang_timeout
         if hang is None:
             evidence = {}
+        elif dump is not None and worker.kind == "interpreter":
+            evidence = {"file": dump.fileno(), "signum": 0}  # signals are the main interpreter's
         elif dump is not None:
             from .worker import DUMP_SIGNAL
 

@@ -120,12 +120,15 @@ class InterpreterHandle(ThreadHandle):
         # process; the channel's end changes hands.
         fds = [os.dup(s.fileno()) for s in spec.sockets]
         channel = spec.channel.detach()
+        dump = -1 if spec.dump is None else os.dup(spec.dump.fileno())
+        if dump >= 0:
+            os.set_blocking(dump, False)  # nobody may read it any more
         try:
             # The channel and the sockets travel beside it.
             bare = dataclasses.replace(spec, channel=None, sockets=(), dump=None)  # type: ignore[arg-type]
             payload = pickle.dumps(bare)
         except BaseException:
-            for fd in (channel, *fds):
+            for fd in (channel, *fds, *([dump] if dump >= 0 else [])):
                 os.close(fd)
             raise
         interp = interpreters.create()
@@ -133,22 +136,27 @@ class InterpreterHandle(ThreadHandle):
         def body() -> int:
             try:
                 interp.exec(f"import sys; sys.path[:] = {sys.path!r}")
-                return int(interp.call(_interpreter_main, payload, channel, fds))
+                return int(interp.call(_interpreter_main, payload, channel, fds, dump))
             finally:
                 interp.close()
 
         super().__init__(spec, body)
 
 
-def _interpreter_main(payload: bytes, channel: int, fds: list[int]) -> int:
+def _interpreter_main(payload: bytes, channel: int, fds: list[int], dump: int) -> int:
     import pickle
     import socket
 
     spec = pickle.loads(payload)
     spec.channel = socket.socket(fileno=channel)
     spec.sockets = [socket.socket(fileno=fd) for fd in fds]
+    if dump >= 0:
+        spec.dump = open(dump, "wb", buffering=0)  # noqa: SIM115
     try:
         return run_child(spec)
     except BaseException:
         print_exception()
         return 1
+    finally:
+        if dump >= 0:
+            spec.dump.close()

@@ -596,8 +596,11 @@ class Supervisor:
 
     async def log_stacks(self, child: Child) -> None:
         """Log the Python stacks of all threads of a child."""
-        if isinstance(child.handle, ThreadHandle):
+        if child.kind == "thread":
             text = child.handle.stack()
+        elif child.kind == "interpreter":
+            # Only its own watchdog sees them, and has written what it could.
+            text = child.stacks.decode(errors="replace")
         elif child._dump is not None and DUMP_SIGNAL is not None:
             del child.stacks[:]
             with contextlib.suppress(OSError):
@@ -620,7 +623,7 @@ class Supervisor:
         keep_from_children(ours)
         dump_r = dump_w = None
         try:
-            if self.managed and child.kind == "process" and DUMP_SIGNAL is not None:
+            if self.managed and child.kind != "thread" and DUMP_SIGNAL is not None:
                 dump_r, dump_w = self.mp_context.Pipe(duplex=False)
                 keep_from_children(dump_r)
             plugins: list[WorkerPlugin] = []
