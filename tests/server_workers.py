@@ -390,20 +390,21 @@ async def hangs(loop, index, args):
     me = current_worker()
     wire.send(("enter", index, me.generation, os.getpid()))
     if where == "start" and first_time(me):
-        stand_still(go)
+        stand_still(go, wire)
     if where == "loop" and first_time(me):
-        loop.call_later(0.05, stand_still, go)
+        loop.call_later(0.05, stand_still, go, wire)
     yield
     wire.send(("leave", index, me.generation))
     if where == "stop" and first_time(me):
-        stand_still(go)
+        stand_still(go, wire)
 
 
 def first_time(me):
     return me.index == 0 and me.generation == 1 and me.serial == 1
 
 
-def stand_still(go):
+def stand_still(go, wire):
+    wire.send(("standing",))
     while not go.poll(0.01):
         pass
 

@@ -168,7 +168,7 @@ class TestHanging:
 
         left = script(
             any_kind,
-            (lambda: any_kind.count("enter") == 2, its_time_is_over),
+            (lambda: any_kind.count("standing") == 1, its_time_is_over),
             (lambda: self.entered_again(any_kind), lambda: kill(signal.SIGTERM)),
         )
         with gate(any_kind) as go:
@@ -186,9 +186,16 @@ class TestHanging:
         assert "in stand_still" in caplog.text
 
     def test_on_exit(self, any_kind, caplog):
-        any_kind.stop_after("enter", 1)
+        left = script(
+            any_kind,
+            (lambda: any_kind.count("enter") == 1, lambda: kill(signal.SIGTERM)),
+            (lambda: any_kind.count("standing") == 1, any_kind.end_drain),
+        )
         with gate(any_kind) as go:
-            report = any_kind.start(workers.hangs, "stop", go, drain_timeout=0.1, cancel_timeout=0.1)
+            report = any_kind.start(
+                workers.hangs, "stop", go, drain_timeout=3600, cancel_timeout=0.1, plugins=[any_kind.plugin]
+            )
+        assert left == []
         assert "in stand_still" in caplog.text
         ends = {w.index: w for w in report.workers}
         if any_kind.kind == "thread":

@@ -315,8 +315,15 @@ class TestStop:
         assert "stacks of worker 0" in caplog.text
 
     def test_a_blocked_loop_is_killed_and_its_stack_logged(self, play, caplog):
-        script(play, (lambda: play.count("enter") == 1, lambda: kill(signal.SIGTERM)))
-        report = play.start(workers.hangs_in_stop, drain_timeout=0.1, cancel_timeout=0.1, report=True)
+        left = script(
+            play,
+            (lambda: play.count("enter") == 1, lambda: kill(signal.SIGTERM)),
+            (lambda: play.count("leaving") == 1, play.end_drain),
+        )
+        report = play.start(
+            workers.hangs_in_stop, drain_timeout=3600, cancel_timeout=0.1, report=True, plugins=[play.plugin]
+        )
+        assert left == []
         assert report.workers[0].signal is signal.SIGKILL
         assert "in hangs_in_stop" in caplog.text
 
