@@ -1025,7 +1025,7 @@ class TestSeveralLoops:
             count = 0
             loop = asyncio.get_running_loop()
             loop.set_exception_handler(lambda loop, context: errors.append(context))
-            for _ in range(300):
+            for _ in range(120):
                 x = rand.randrange(20)
                 way = rand.randrange(20)
                 if way == 0:
