@@ -34,8 +34,10 @@ sys.platform, os.name = "win32", "nt"
 import importlib, pkgutil
 import aiotools
 
+# The program of a fork server, which nothing starts there.
+ELSEWHERE = {"aiotools.server.nursery"}
 for info in pkgutil.walk_packages(aiotools.__path__, "aiotools."):
-    if not info.name.endswith("__main__"):
+    if not info.name.endswith("__main__") and info.name not in ELSEWHERE:
         importlib.import_module(info.name)
 for name in aiotools.__all__:
     getattr(aiotools, name)
