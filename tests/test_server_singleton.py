@@ -231,12 +231,12 @@ class TestServer:
 
     def test_a_timer_ticks_in_one_worker_and_in_another_when_that_dies(self, play):
         def react(message):
-            pids = [m[1] for m in play.of("tick")]
             if message[0] == "tick" and play.count("enter") >= 2:
-                if len(set(pids)) == 1 and not killed:
+                if not killed:
+                    # On a slow machine others may have ticked before: a holder that is late loses it.
                     killed.append(message[2])
                     os.kill(message[2], signal.SIGKILL)
-                elif killed and message[2] != killed[0]:
+                elif message[2] != killed[0]:
                     os.kill(os.getpid(), signal.SIGTERM)
 
         killed = []
