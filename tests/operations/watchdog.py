@@ -42,7 +42,7 @@ def bad_parameters():
         pass
 
 
-@operation("_end_after_signal")
+@operation("_end_after_signal", threads=False)
 def deadlines():
     saved = signal.signal(signal.SIGURG, lambda signum, frame: None)
     _aiotools._end_after_signal(signal.SIGURG, 3600)
