@@ -778,7 +778,12 @@ run_make_task(RunObject *self, PyObject *loop, PyObject *coro)
 {
     aiot_state *state = run_state(self);
     PyObject *args[] = {loop, coro, Py_True};
-    if (self->eager == EAGER_BY_LOOP && self->loop->no_eager_start) {
+    bool by_task = self->loop->no_eager_start;
+#if PY_VERSION_HEX < 0x030D0000
+    /* uvloop's create_task() takes the argument on these versions, too, and does nothing with it. */
+    by_task |= self->loop->coarse;
+#endif
+    if (self->eager == EAGER_BY_LOOP && by_task) {
         self->eager = EAGER_BY_TASK;
     }
     if (self->eager == EAGER_BY_LOOP) {
