@@ -664,8 +664,8 @@ class TestObject:
     async def test_many_at_once(self):
         """AIOTOOLS_LARGE=1: a million of them."""
         count = 1_000_000 if os.environ.get("AIOTOOLS_LARGE") else 100_000
-        if os.environ.get("AIOTOOLS_DEBUG"):
-            count = 4000  # such a core looks through the whole queue after each change
+        if os.environ.get("AIOTOOLS_DEBUG") or "ASAN_OPTIONS" in os.environ:
+            count = 4000  # such a core (tools/test-sanitized) looks through the whole queue after each change
         managers = [timeout(1000 + i % 7) for i in range(count)]
         for manager in managers:
             await manager.__aenter__()
