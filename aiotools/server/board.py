@@ -154,7 +154,8 @@ class Board:
     """
 
     def __init__(self, fd: int | None = None) -> None:
-        size = _LEASES + CAPACITY * _SLOT
+        # Whoever made the memory decided on its size.
+        size = _LEASES + CAPACITY * _SLOT if fd is None else os.fstat(fd).st_size
         own = _unnamed_file(size) if fd is None else None
         memory = own if fd is None else fd
         assert memory is not None
@@ -171,8 +172,9 @@ class Board:
 
     def slot(self, number: int) -> Slot:
         """Slot *number*; to be released before the board is closed."""
-        if not 0 <= number < CAPACITY:
-            raise IndexError(f"no slot {number}: there are {CAPACITY}")
+        capacity = (len(self._map) - _LEASES) // _SLOT
+        if not 0 <= number < capacity:
+            raise IndexError(f"no slot {number}: there are {capacity}")
         start = _LEASES + number * _SLOT
         return Slot(self._view[start : start + _SLOT])
 
