@@ -59,11 +59,8 @@ build: venv ## compile the core where it is imported from; only what changed
 	@$(PY) setup.py --quiet build_ext --inplace
 
 .PHONY: test
-# On CI's shared machines a failure that does not repeat is shown and not fatal: what failed runs once more. A crash leaves
-# nothing to repeat, so it stays one.
 test: build ## the suite on all loop kinds
-	$(PYTEST) $(ARGS) || { [[ -n "$${CI:-}" ]] && echo "--- once more what failed" && \
-	    $(PYTEST) $(ARGS) --last-failed --last-failed-no-failures=none; }
+	$(PYTEST) $(ARGS)
 
 .PHONY: demo
 demo: build ## a service with 1,000 clients on both loops, a crawler with a limit, a service with workers, reloaded and shot at

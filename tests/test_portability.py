@@ -114,7 +114,8 @@ def fill(queue):
 
 with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
     runner.run(main())
-with aiotools.LoopThread() as thread:
+# Named: asyncio imports the loop of the platform that it believes to be on only when it is asked for.
+with aiotools.LoopThread(loop_factory=asyncio.SelectorEventLoop) as thread:
     assert thread.run(one(), timeout=60) == 1
 try:
     aiotools.start_server("package.module:worker")
