@@ -56,7 +56,7 @@ class Play:
         """The time of all children that drain is over: at this point of what they do, and not at one of the clock."""
         object.__setattr__(self.sup.options, "drain_timeout", 0.0)
         for child in self.sup.children:
-            self.sup._arm_budgets(child)
+            child.arm_budgets()
 
     def on_message(self):
         while self.wire.reader.poll(0):

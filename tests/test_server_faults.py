@@ -169,7 +169,7 @@ class TestHanging:
                 # It was quicker to say so than the parent to learn that it had started it.
                 any_kind.sup.loop.call_later(0.01, its_time_is_over)
             else:
-                any_kind.sup._start_timeout(child)
+                child.start_timed_out()
 
         left = script(
             any_kind,

@@ -518,7 +518,7 @@ class TestThreads:
         assert quick.of("cancelled") == [(0,)]
 
     def test_on_a_free_threaded_build_it_says_when_the_gil_came_back(self, quick, monkeypatch, caplog):
-        monkeypatch.setattr("aiotools.server.supervise.gil_came_back", lambda: True)
+        monkeypatch.setattr("aiotools.server.launch.gil_came_back", lambda: True)
         script(quick, (lambda: quick.count("enter") == 2, lambda: kill(signal.SIGHUP)),
                (lambda: quick.count("leave") == 2, lambda: kill(signal.SIGTERM)))  # fmt: skip
         quick.start(workers.managed, num_workers=2, worker_kind="thread")

@@ -33,7 +33,8 @@ from .plugins import ServerPlugin, WorkerPlugin
 from .singleton import Leases, owner_of, release_all
 
 if TYPE_CHECKING:
-    from .supervise import Child, Supervisor
+    from .child import Child
+    from .supervise import Supervisor
     from .worker import Worker
 
 __all__ = ("Board", "BoardWatchdog", "SlotStatus", "StatusBoard")

@@ -227,7 +227,7 @@ class ControlSocket(ServerPlugin):
     def server_event(self, event: str, **facts: Any) -> None:
         if event in ("reloaded", "abandoned", "stopping"):
             sup = self._sup
-            if sup is not None and event != "stopping" and sup._roll_again:
+            if sup is not None and event != "stopping" and sup.rolling.again:
                 return  # those that asked meanwhile want the next one
             answer: dict[str, Any]
             if event == "reloaded":

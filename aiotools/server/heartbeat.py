@@ -16,7 +16,8 @@ from .board import BEAT, EVIDENCE, EVIDENCE_NONE, HANG, StatusBoard
 from .plugins import ServerPlugin
 
 if TYPE_CHECKING:
-    from .supervise import Child, Supervisor
+    from .child import Child
+    from .supervise import Supervisor
 
 __all__ = ("Heartbeat", "beat_interval")
 
@@ -88,7 +89,7 @@ class Heartbeat(ServerPlugin):
         self._handle = sup.loop.call_later(self._interval, self._look)
 
     async def _end(self, sup: Supervisor, child: Child, own: bool) -> None:
-        if own and child._dump is not None:
+        if own and child.dump is not None:
             await self._log_own_evidence(child)
         elif child.kind == "thread" and (plugin := self._board.plugin(child)) is not None:
             log.error("tasks of %s:\n%s", child.label, plugin.describe_hang().rstrip())

@@ -45,7 +45,8 @@ from .plugins import ServerPlugin, WorkerPlugin
 from .worker import current_worker, process_index
 
 if TYPE_CHECKING:
-    from .supervise import Child, Supervisor
+    from .child import Child
+    from .supervise import Supervisor
     from .worker import Worker
 
 __all__ = ("JSONFormatter", "LogConfig", "LogServer", "RecordHandler", "TEXT_FORMAT", "setup")

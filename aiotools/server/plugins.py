@@ -33,7 +33,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .supervise import Child, Supervisor
+    from .child import Child
+    from .supervise import Supervisor
     from .worker import Worker
 
 __all__ = ("ServerPlugin", "WorkerPlugin")

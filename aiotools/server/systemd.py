@@ -19,7 +19,8 @@ from .plugins import ServerPlugin
 
 if TYPE_CHECKING:
     from .board import StatusBoard
-    from .supervise import Child, Supervisor
+    from .child import Child
+    from .supervise import Supervisor
 
 __all__ = ("SystemdNotifier", "notify", "watchdog_interval")
 
