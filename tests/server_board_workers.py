@@ -48,6 +48,19 @@ def wait_for_file(path):
         pass
 
 
+@server_context
+async def holds_the_gil_until(loop, index, args):
+    """(descriptor): the first one is in native code that holds the GIL of its interpreter until that can be read."""
+    if current_worker().serial == 1:
+        loop.call_soon(read_with_the_gil, args[0])
+    yield
+
+
+def read_with_the_gil(fd):
+    # PyDLL keeps the GIL.
+    ctypes.PyDLL(None).read(fd, ctypes.create_string_buffer(1), 1)
+
+
 async def patient_friend():
     await asyncio.Event().wait()
 

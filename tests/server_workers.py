@@ -308,6 +308,18 @@ async def crashes_at_once(loop, index, args):
 
 
 @server_context
+async def dies_on_start(loop, index, args):
+    wire, how = args
+    wire.send(("enter", index))
+    if how == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "exits":
+        os._exit(7)
+    raise RuntimeError("never comes up")
+    yield
+
+
+@server_context
 async def echo(loop, index, args):
     """Answers each line on the first socket with its index, generation and process id."""
     wire = args[0]

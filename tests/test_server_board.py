@@ -317,6 +317,38 @@ class TestHangs:
         assert "the patient friend" in caplog.text
         assert "in patient_friend" in caplog.text
 
+    @pytest.mark.skipif(sys.version_info < (3, 14) or not HAS_GIL, reason="interpreters came with 3.14")
+    def test_native_code_that_holds_the_gil_of_an_interpreter_is_named(self, quick, caplog):
+        """The parent and the other interpreters have GILs of their own and go on."""
+
+        class Successor(boards.ServerPlugin):
+            def child_event(self, child, event):
+                if event == "ready" and child.slot.serial > 1:
+                    kill(signal.SIGTERM)
+
+        threads = set(threading.enumerate())
+        reader, writer = os.pipe()
+        try:
+            report = start_server(
+                "server_board_workers:holds_the_gil_until",
+                quick.main(reader, wire=False),
+                worker_kind="interpreter",
+                hang_timeout=1,
+                restart="on-failure",
+                report=True,
+                plugins=[Successor()],
+            )
+        finally:
+            os.write(writer, b"x")
+            for thread in set(threading.enumerate()) - threads:
+                thread.join(PATIENCE)
+            os.close(reader)
+            os.close(writer)
+        assert report.workers[0].reason.startswith("hung")
+        assert report.workers[0].outcome == "given up"
+        assert "native code holds the GIL" in caplog.text
+        assert "cannot be killed; it is given up" in caplog.text
+
     def test_it_is_found_after_the_timeout_and_not_before(self, quick, caplog):
         self.run(quick, "python", num_workers=1)
         [record] = [r for r in caplog.records if "hangs: its loop" in r.getMessage()]

@@ -9,18 +9,21 @@ import errno
 import itertools
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
+import warnings
 
 import pytest
 import server_workers as workers
 from process_helpers import PATIENCE, START_METHODS, children_of, nothing_left_fixture  # noqa: F401
 from server_play import RUNNERS, Play, kill, script
 
-from aiotools.server import LogConfig, start_server
+from aiotools.server import LogConfig, ServerFailed, start_server
 from aiotools.server.nurseries import nursery_usable
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
@@ -240,14 +243,132 @@ class TestKilled:
         processes.start(workers.managed, num_workers=2, restart="on-failure")
         assert left == []
 
-    def test_an_extra(self, processes):
+    def test_an_extra(self, any_kind):
         left = script(
-            processes,
-            (lambda: processes.count("extra") == 1, lambda: os.kill(processes.of("extra")[0][1], signal.SIGKILL)),
-            (lambda: processes.count("extra") == 2, lambda: kill(signal.SIGTERM)),
+            any_kind,
+            (lambda: any_kind.count("extra") == 1, lambda: os.kill(any_kind.of("extra")[0][1], signal.SIGKILL)),
+            (lambda: any_kind.count("extra") == 2, lambda: kill(signal.SIGTERM)),
         )
-        processes.start(workers.managed, extra_procs=[workers.extra_with_pid], restart="on-failure")
+        any_kind.start(workers.managed, extra_procs=[workers.extra_with_pid], restart="on-failure")
         assert left == []
+
+
+class TestBootLoops:
+    """What never comes up is tried so many times, later each time, and then the server gives up."""
+
+    #: How it ends -> the outcome in the report, the reason in words.
+    ENDS = {
+        "raises": ("exit code 1", "error during initialization: RuntimeError: never comes up"),
+        "is killed": ("SIGKILL", "SIGKILL"),
+        "exits": ("exit code 7", "exit code 7"),
+    }
+
+    def test_it_gives_up_after_the_limit_with_the_reason_last(self, any_kind, caplog):
+        # A thread that exits or is killed takes the server with it.
+        for how in ["raises"] if any_kind.kind == "thread" else self.ENDS:
+            caplog.clear()
+            with pytest.raises(ServerFailed) as info:
+                any_kind.start(workers.dies_on_start, how, restart="on-failure", boot_failure_limit=3, backoff=0.01)
+            outcome, reason = self.ENDS[how]
+            report = info.value.report
+            assert report.failed
+            assert [w.outcome for w in report.workers] == [outcome] * 3
+            message = f"worker 0 has failed 3 times in a row; the last time: {reason}"
+            assert str(info.value) == message
+            told = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+            assert told[-1] == f"giving up: {message}"
+            assert [n for n in (1, 2) if any(f"(failure {n} of 3: {reason})" in line for line in told)] == [1, 2]
+            assert any_kind.main_received is signal.SIGTERM
+
+    def test_the_others_are_stopped_as_by_a_signal(self, any_kind):
+        with pytest.raises(ServerFailed) as info:
+            any_kind.start(
+                workers.fails,
+                1,
+                "start",
+                ValueError("no luck"),
+                num_workers=2,
+                restart="on-failure",
+                boot_failure_limit=2,
+                backoff=0.01,
+            )
+        first, *others = sorted(info.value.report.workers, key=lambda w: w.index)
+        assert (first.code, first.reason) == (0, "stopped")
+        assert [w.code for w in others] == [1, 1]
+
+
+class TestReloads:
+    #: What the new code does wrong -> what the parent says of it.
+    BAD = {
+        "this is no Python": "SyntaxError: invalid syntax (reloaded_program.py, line 13)",
+        "raise ValueError('no good')": "ValueError: no good",
+        "import there_is_no_such_module": "No module named 'there_is_no_such_module'",
+        "del worker": "no attribute 'worker'",
+        "worker = server_context(refuses)": "error during initialization: OSError: the disk is away",
+        "os._exit(9)": "exit code 9",
+        "os.kill(os.getpid(), signal.SIGKILL)": "SIGKILL",
+    }
+
+    def test_bad_code_is_abandoned_again_and_again_until_it_is_good(self, any_kind, tmp_path, monkeypatch, caplog):
+        monkeypatch.syspath_prepend(str(tmp_path))
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        program = tmp_path / "reloaded_program.py"
+        bad = {
+            line: said
+            for line, said in self.BAD.items()
+            if any_kind.kind != "thread" or not line.startswith("os.")  # these would end the server as well
+        }
+        lines = iter([*bad, ""])
+        said, generations = [], []
+
+        def next_code():
+            program.write_text(RELOADED + next(lines))
+            kill(signal.SIGHUP)
+
+        def abandoned():
+            status = any_kind.sup.status()
+            said.append(status["abandoned"])
+            generations.append((status["generation"], [w["generation"] for w in status["workers"]]))
+            next_code()
+
+        any_kind.on_event("ready", next_code)
+        any_kind.on_event("abandoned", abandoned)
+        any_kind.on_event("reloaded", lambda: kill(signal.SIGTERM))
+        program.write_text(RELOADED)
+        try:
+            report = any_kind.start(
+                "reloaded_program:worker", num_workers=2, restart="on-failure", plugins=[any_kind.plugin]
+            )
+        finally:
+            sys.modules.pop("reloaded_program", None)
+        assert len(said) == len(bad)
+        for number, (reason, text) in enumerate(zip(bad.values(), said, strict=True), 2):
+            assert text.startswith(f"generation {number} was abandoned: ")
+            assert reason in text
+        # All of that time the first generation has served.
+        assert generations == [(1, [1, 1])] * len(bad)
+        assert any_kind.sup.status()["abandoned"] is None
+        assert any_kind.sup.generation == len(bad) + 2
+        errors = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+        assert sum("the old workers go on" in line for line in errors) == len(bad)
+        ends = [(w.generation, w.code, w.reason) for w in report.workers if w.ready is not None]
+        assert sorted(ends) == [(1, 0, "reloaded")] * 2 + [(len(bad) + 2, 0, "stopped")] * 2
+
+
+RELOADED = """
+import os, signal
+from aiotools.server import server_context
+
+async def refuses(loop, index, args):
+    raise OSError("the disk is away")
+    yield
+
+@server_context
+async def worker(loop, index, args):
+    yield
+
+"""
 
 
 class TestResources:
@@ -272,8 +393,7 @@ class TestResources:
     def test_many_restarts_need_no_more_of_anything(self, kind, loop):
         """Descriptors, processes, threads and memory are compared on the way as well as around the test."""
         play = Setup(kind, loop)
-        # A fork server of its own is an interpreter for each generation.
-        rounds = RESTARTS // 4 if kind == "nursery" else RESTARTS
+        rounds = RESTARTS
         counts, memory = [], []
 
         def again():
@@ -308,20 +428,63 @@ class TestResources:
                 os.seteuid(0)
 
 
-@pytest.mark.skipif("fork" not in START_METHODS or sys.version_info < (3, 12), reason="warns from 3.12 on")
-def test_fork_in_a_program_with_threads_warns_and_works(nothing_left):
-    setup = Setup("fork", "default")
-    release = threading.Event()
-    thread = threading.Thread(target=release.wait)
-    thread.start()
-    try:
+class TestThreads:
+    """Servers and children of a program that has threads."""
+
+    @pytest.fixture(autouse=True)
+    def other_thread(self, nothing_left):
+        release = threading.Event()
+        thread = threading.Thread(target=release.wait, name="the other thread")
+        thread.start()
+        yield
+        release.set()
+        thread.join()
+
+    @pytest.mark.skipif("fork" not in START_METHODS or sys.version_info < (3, 12), reason="warns from 3.12 on")
+    def test_fork_warns_and_works(self):
+        setup = Setup("fork", "default")
         with setup.wire, pytest.warns(DeprecationWarning, match="multi-threaded"):
             setup.stop_after("enter", 1)
             report = setup.start(workers.managed)
         assert report.workers[0].code == 0
-    finally:
-        release.set()
-        thread.join()
+
+    def test_other_start_methods_have_nothing_to_warn_of(self, processes):
+        """The suite makes warnings errors."""
+        with warnings.catch_warnings():
+            if processes.kind == "fork":
+                warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            left = script(
+                processes,
+                (lambda: processes.count("enter") == 2, lambda: kill(signal.SIGHUP)),
+                (lambda: processes.count("leave") == 2, lambda: kill(signal.SIGTERM)),
+            )
+            report = processes.start(workers.managed, num_workers=2, restart="on-failure")
+        assert left == []
+        assert [w.code for w in report.workers] == [0] * 4
+
+
+class TestStarting:
+    """What the caller of start_server() has done wrong."""
+
+    @pytest.mark.parametrize("loop", LOOPS)
+    @pytest.mark.parametrize("kind", [kind for kind in PROCESSES if kind != "fork"])
+    def test_an_unpicklable_worker_raises_and_says_what_to_do(self, kind, loop, nothing_left):
+        def local(loop, index, args):
+            """Nobody can import this."""
+
+        for restart in ("never", "on-failure"):
+            setup = Setup(kind, loop)
+            with setup.wire, pytest.raises((AttributeError, pickle.PicklingError), match=r"local object") as info:
+                setup.start(local, restart=restart)
+            assert "package.module:worker" in "".join(traceback.format_exception_only(info.value))
+            # The main context was entered already, and has seen it.
+            assert setup.main_error is info.value
+            assert setup.said == []
+
+    def test_an_unpicklable_argument_is_told_in_the_same_way(self, nothing_left):
+        with pytest.raises(TypeError, match="pickle.*lock") as info:
+            start_server(workers.managed, args=[threading.Lock()], restart="on-failure")
+        assert "package.module:worker" in "".join(traceback.format_exception_only(info.value))
 
 
 @pytest.fixture

@@ -9,8 +9,10 @@ from multiprocessing import forkserver, resource_tracker
 
 import pytest
 import server_workers as workers
-from process_helpers import start_mp_helpers, wait_process_gone
+from process_helpers import START_METHODS, start_mp_helpers, wait_process_gone
 from server_play import RUNNERS, Play, kill, script
+
+from aiotools.server.nurseries import nursery_usable
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -49,10 +51,11 @@ def test_the_fork_server_is_killed_its_children_live_and_a_new_one_serves(loop):
     assert [w.code for w in report.workers if w.generation == 2] == [0, 0]
 
 
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("method", [*START_METHODS, *(["nursery"] if nursery_usable() else [])])
 @pytest.mark.filterwarnings("ignore:resource_tracker")
-def test_a_killed_resource_tracker_is_not_missed(method):
-    setup = Play(method, "default")
+def test_a_killed_resource_tracker_is_not_missed(method, loop):
+    setup = Play(method if method in START_METHODS else "spawn", loop)
 
     def kill_it():
         victim = resource_tracker._resource_tracker._pid
@@ -66,6 +69,30 @@ def test_a_killed_resource_tracker_is_not_missed(method):
             (lambda: setup.count("enter") == 1, kill_it),
             (lambda: setup.count("leave") == 1, lambda: kill(signal.SIGTERM)),
         )
+        kwargs = {"mp_context": None} if method == "nursery" else {}
+        report = setup.start(workers.managed, restart="on-failure", report=True, **kwargs)
+    assert left == []
+    assert [w.code for w in report.workers] == [0, 0]
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("method", [m for m in START_METHODS if m != "forkserver"])
+def test_a_fork_server_that_is_of_no_use_is_not_missed(method, loop):
+    """Somebody else in the program has started it."""
+    setup = Play(method, loop)
+
+    def kill_it():
+        victim = forkserver._forkserver._forkserver_pid
+        os.kill(victim, signal.SIGKILL)
+        wait_process_gone(victim)
+        kill(signal.SIGHUP)
+
+    with setup.wire:
+        left = script(
+            setup,
+            (lambda: setup.count("enter") == 1, kill_it),
+            (lambda: setup.count("leave") == 1, lambda: kill(signal.SIGTERM)),
+        )
         report = setup.start(workers.managed, restart="on-failure", report=True)
     assert left == []
-    assert all(w.code == 0 for w in report.workers)
+    assert [w.code for w in report.workers] == [0, 0]

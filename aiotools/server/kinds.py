@@ -12,6 +12,7 @@ import contextvars
 import functools
 import logging
 import os
+import pickle
 import sys
 import threading
 import traceback
@@ -32,9 +33,19 @@ ABANDONED = -1000
 async def start_process(spec: WorkerSpec, mp_context: Any) -> Any:
     """Start a process with *mp_context*; it is up (but not ready) on return."""
     name = f"{spec.role}-{spec.index}"
-    return await start_child(
-        functools.partial(run_child, spec), mp_context=mp_context, block=spec.stop_signals, name=name
-    )
+    try:
+        return await start_child(
+            functools.partial(run_child, spec), mp_context=mp_context, block=spec.stop_signals, name=name
+        )
+    except (pickle.PicklingError, AttributeError, TypeError) as exc:
+        # The latter two are what pickle says of local objects and of those that have no way to be pickled.
+        if "pickle" in str(exc) or "local object" in str(exc):
+            exc.add_note(
+                f"The {spec.role}, its arguments and all else that it is given must be picklable for a process that is "
+                "not forked from this one: define functions at the top of a module, or name the "
+                f"{spec.role} as 'package.module:{spec.role}'."
+            )
+        raise
 
 
 class ThreadHandle:
@@ -114,7 +125,6 @@ class InterpreterHandle(ThreadHandle):
         except ImportError:
             raise NotImplementedError("worker_kind='interpreter' needs Python 3.14") from None
         import dataclasses
-        import pickle
 
         # A socket cannot be pickled for another interpreter, but its descriptor is good in the whole
         # process; the channel's end changes hands.
@@ -144,7 +154,6 @@ class InterpreterHandle(ThreadHandle):
 
 
 def _interpreter_main(payload: bytes, channel: int, fds: list[int], dump: int) -> int:
-    import pickle
     import socket
 
     spec = pickle.loads(payload)

@@ -55,10 +55,12 @@ class WorkerRecord:
 
     @property
     def outcome(self) -> str:
-        """``"exit code 1"``, ``"SIGSEGV (core dumped)"``, ``"running"``."""
+        """``"exit code 1"``, ``"SIGSEGV (core dumped)"``, ``"running"``, ``"given up"`` (a thread that hangs)."""
         if self.signal is not None:
             return name_of(int(self.signal)) + (" (core dumped)" if self.core_dumped else "")
-        return "running" if self.code is None else f"exit code {self.code}"
+        if self.code is not None:
+            return f"exit code {self.code}"
+        return "running" if self.ended is None else "given up"
 
     def set_exit(self, exitcode: int) -> None:
         """Notes how the process ended, from its exit code: negative for a signal."""

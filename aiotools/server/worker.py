@@ -398,7 +398,13 @@ def has_loop(target: Any) -> bool:
 
 
 def describe_error(exc: BaseException) -> str:
-    return "".join(traceback.format_exception_only(exc)).strip()
+    """The exception as in the last line of its traceback, in one line however many it takes there."""
+    if isinstance(exc, SyntaxError):
+        text = f"{type(exc).__name__}: {exc}"  # with file and line, without the source
+    else:
+        text = "".join(traceback.format_exception_only(exc))
+    text = " ".join(text.split())
+    return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
 def _prepare_managed(spec: WorkerSpec) -> None:
