@@ -154,6 +154,39 @@ class TestOneTask:
             await caller
         assert seen == ["second"] and task.cancelled() and caller.cancelled()
 
+    async def test_a_cancelled_caller_ends_with_the_message_of_its_own_cancellation(self):
+        async def target():
+            try:
+                await forever()
+            finally:
+                async with ShieldScope():
+                    await turns(8)
+
+        async def caller(tasks):
+            try:
+                await cancel_and_wait(tasks)
+            except asyncio.CancelledError as exc:
+                return exc
+
+        for make in (lambda task: task, lambda task: [task]):
+            waiting = await start(caller(make(await start(target()))))
+            waiting.cancel("mine")
+            assert (await waiting).args == ("mine",)
+
+    async def test_a_cancelled_caller_is_told_by_whom_when_that_is_traced(self):
+        async def caller(task):
+            try:
+                await cancel_and_wait(task)
+            except asyncio.CancelledError as exc:
+                return cancel_requests(exc)
+
+        done = []
+        with trace_cancellation():
+            waiting = await start(caller(await start(slow_cleanup(done, 8))))
+            waiting.cancel("mine")
+            assert [request.message for request in await waiting] == ["mine"]
+        assert done == ["clean"]
+
     async def test_a_cancelled_caller_ends_cancelled_whatever_the_target_ends_with(self):
         async def target():
             try:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import sys
+import warnings
 
 import pytest
 
@@ -161,6 +162,84 @@ class TestEnding:
         assert log == ["child"]
 
 
+    async def test_the_first_cancellation_of_the_parent_is_what_the_block_ends_with(self):
+        async def child():
+            try:
+                await forever()
+            finally:
+                await turns(6)
+
+        async def host():
+            async with PersistentTaskGroup() as group:
+                group.create_task(child())
+
+        task = asyncio.create_task(host())
+        await turns()
+        task.cancel("first")
+        await turns(2)
+        task.cancel("second")
+        with pytest.raises(asyncio.CancelledError, match="first"):
+            await task
+
+    async def test_a_cancellation_while_a_failed_block_waits_is_not_lost(self):
+        async def child():
+            try:
+                await forever()
+            finally:
+                await turns(6)
+
+        async def host():
+            async with PersistentTaskGroup() as group:
+                group.create_task(child())
+                await turns()
+                raise KeyError
+
+        task = asyncio.create_task(host())
+        await turns(5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+        assert type(caught.value.__context__) is KeyError and task.cancelled()
+
+    async def test_children_may_be_added_while_others_are_cancelled_and_are_awaited(self):
+        log = []
+
+        async def late():
+            await turns()
+            log.append("late")
+
+        async def child():
+            try:
+                await forever()
+            finally:
+                group.create_task(late())
+
+        async with PersistentTaskGroup() as group:
+            group.create_task(child())
+            await turns()
+            await group.shutdown()
+            assert log == ["late"] and group._unfinished_tasks == 0
+
+    async def test_after_a_shutdown_it_takes_children_until_the_block_ends(self):
+        group = PersistentTaskGroup()
+        group.create_task(forever())
+        await turns()
+        await group.shutdown()
+        assert await group.create_task(asyncio.sleep(0, "result")) == "result"
+        second = group.create_task(forever())
+        await turns()
+        await group.shutdown()
+        await turns()
+        assert second.cancelled() and group not in PersistentTaskGroup.all_ptaskgroups()
+        async with group:
+            third = group.create_task(asyncio.sleep(0, "third"))
+            assert group in PersistentTaskGroup.all_ptaskgroups()
+        assert third.result() == "third" and group not in PersistentTaskGroup.all_ptaskgroups()
+        with pytest.raises(RuntimeError, match="already been entered"):
+            async with group:
+                pass
+
+
 class TestRegistry:
     async def test_all_ptaskgroups_and_the_current_one(self):
         with pytest.raises(LookupError):
@@ -189,6 +268,12 @@ class TestRegistry:
 
             class Mine(PersistentTaskGroup):
                 pass
+
+        assert PersistentTaskGroup.__deprecated__ == "Use aiotools.TaskScope instead."
+        # Whoever made the class was told.
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            Mine()
 
     def test_outside_a_loop(self):
         with pytest.raises(RuntimeError):

@@ -113,13 +113,14 @@ class TestHolding:
         async def work():
             with pytest.raises(ValueError):
                 async with Both(sync):
-                    asyncio.current_task().cancel()
+                    asyncio.current_task().cancel("first")
+                    asyncio.current_task().cancel("second")
                     raise ValueError
-            assert asyncio.current_task().cancelling() == 1
+            assert asyncio.current_task().cancelling() == 2
             await forever()
 
         task = asyncio.create_task(work())
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(asyncio.CancelledError, match="second"):
             await task
 
     async def test_an_inner_shield_hands_over_to_the_outer_one(self, sync):

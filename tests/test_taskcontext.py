@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import sys
 import warnings
 
 import pytest
@@ -125,11 +126,13 @@ class TestClosing:
 
     async def test_forgetting_it_warns(self):
         context = TaskContext()
+        line = sys._getframe().f_lineno - 1
         context.create_task(turns(1))
         await turns(5)
-        with pytest.warns(ResourceWarning, match="TaskContext .* was never closed"):
+        with pytest.warns(ResourceWarning, match="TaskContext .* was never closed") as caught:
             del context
             gc.collect()
+        assert f", created at {__file__}:{line}," in str(caught[0].message)
 
     async def test_one_that_was_never_used_or_was_closed_does_not_warn(self):
         with warnings.catch_warnings():

@@ -1,7 +1,9 @@
 """TaskGroup: asyncio's, with a name, errors of its own, and what Python 3.15 has."""
 
 import asyncio
+import copy
 import gc
+import pickle
 import re
 import sys
 import weakref
@@ -262,8 +264,20 @@ class TestErrors:
             async with TaskGroup() as group:
                 group.create_task(fail())
         except TaskGroupError as error:
-            assert error.__errors__ == list(error.exceptions) and error.get_error_types() == {ValueError}
+            assert error.__errors__ == error.exceptions and error.get_error_types() == {ValueError}
             assert type(error).__name__ == "TaskGroupError"
+
+    async def test_the_failure_can_be_pickled_and_copied(self):
+        with pytest.raises(TaskGroupError) as caught:
+            async with TaskGroup() as group:
+                group.create_task(fail())
+        caught.value.add_note("note")
+        for twin in pickle.loads(pickle.dumps(caught.value)), copy.copy(caught.value):
+            assert type(twin) is type(caught.value) and isinstance(twin, ExceptionGroup)
+            assert [type(error) for error in twin.__errors__] == [ValueError] and twin.__notes__ == ["note"]
+            assert twin.message == caught.value.message
+        twin = pickle.loads(pickle.dumps(MultiError("text", [ValueError(1)])))
+        assert type(twin) is MultiError and twin.get_error_types() == {ValueError}
 
     async def test_with_an_extraordinary_error_it_is_no_exception(self):
         class Extraordinary(BaseException):

@@ -679,13 +679,13 @@ class TestTimeout:
         await turns()
 
     async def test_a_body_that_swallows_it_does_not_hide_it(self):
-        with pytest.raises(TimeoutError):
+        with pytest.raises(TimeoutError) as caught:
             async with TaskScope(timeout=0.001):
                 try:
                     await forever()
                 except asyncio.CancelledError:
                     pass
-        assert requests() == 0
+        assert requests() == 0 and isinstance(caught.value.__cause__, asyncio.CancelledError)
 
     async def test_a_body_that_replaces_it_does_not_hide_it(self):
         with pytest.raises(TimeoutError):

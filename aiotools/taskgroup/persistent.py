@@ -42,15 +42,23 @@ class PersistentTaskGroup:
     :meth:`shutdown`. It must be constructed inside a task (:exc:`RuntimeError`).
     Instantiating and subclassing it warn with :exc:`DeprecationWarning`.
 
+    Children may be added while others are being cancelled: they run to their ends,
+    and are awaited.
+
     Since aiotools 1.4; deprecated since 2.0.
     """
+
+    #: where type checkers and other tools look
+    __deprecated__ = _DEPRECATED
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         warnings.warn(_DEPRECATED, DeprecationWarning, stacklevel=2)
 
     def __init__(self, *, name: object = None, exception_handler: AsyncExceptionHandler | None = None) -> None:
-        warnings.warn(_DEPRECATED, DeprecationWarning, stacklevel=2)
+        if type(self) is PersistentTaskGroup:
+            # A subclass was warned about when it was made.
+            warnings.warn(_DEPRECATED, DeprecationWarning, stacklevel=2)
         self._loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         if task is None:
@@ -98,16 +106,11 @@ class PersistentTaskGroup:
         gets neither result nor exception, and nothing is logged for it.
 
         Raises:
-            RuntimeError: the group is being shut down or has ended.
+            RuntimeError: the block has ended.
         """
-        problem = None
-        if self._exited or (self._exiting and self._unfinished_tasks == 0):
-            problem = "is finished"
-        elif self._aborting:
-            problem = "is shutting down"
-        if problem is not None:
+        if self._exiting and self._unfinished_tasks == 0:
             coro.close()
-            raise RuntimeError(f"{type(self).__name__} {self!r} {problem}")
+            raise RuntimeError(f"{type(self).__name__} {self!r} is finished")
         self._entered = True
         future: asyncio.Future[T] = self._loop.create_future()
         reference = weakref.ref(future)
@@ -194,9 +197,11 @@ class PersistentTaskGroup:
             self._all_done.set_result(None)
 
     def _abort(self) -> None:
-        self._aborting = True
+        # Once is enough for each; those that came after an earlier time get theirs now.
+        again, self._aborting = self._aborting, True
         for task in list(self._tasks):
-            task.cancel()
+            if not again or not task.cancelling():
+                task.cancel()
 
     async def _join(self) -> asyncio.CancelledError | None:
         """Wait for the children; a cancellation meanwhile cancels them and is returned at the end."""
@@ -207,19 +212,18 @@ class PersistentTaskGroup:
             try:
                 await asyncio.shield(self._all_done)
             except asyncio.CancelledError as exc:
-                cancelled = exc
+                cancelled = cancelled or exc
                 if not self._aborting:
                     self._abort()
         return cancelled
 
     async def shutdown(self) -> None:
-        """Cancel the children and wait until they are gone.
+        """Cancel the children and wait until they are gone, with those that they add meanwhile.
 
         May be called from any task, repeatedly, and after the block ended. Called by a
         child, it waits for the others. The body of the block goes on.
         """
-        if not self._aborting:
-            self._abort()
+        self._abort()
         current = asyncio.current_task()
         while others := [task for task in self._tasks if task is not current]:
             await asyncio.wait(others)
@@ -233,8 +237,11 @@ class PersistentTaskGroup:
 
     async def __aenter__(self) -> PersistentTaskGroup:
         """Open the block; the running task becomes the parent."""
-        if self._token is not None or self._exited:
+        if self._token is not None or self._exiting:
             raise RuntimeError(f"{type(self).__name__} {self!r} has already been entered")
+        # It may have been shut down before.
+        self._exited = False
+        _unfinished_groups.add(self)
         self._parent_task = asyncio.current_task()
         self._entered = True
         self._token = current_ptaskgroup.set(self)
@@ -254,7 +261,8 @@ class PersistentTaskGroup:
             cancelled = await self._join()
             if self._base_error is not None and exc is None:
                 raise self._base_error
-            if cancelled is not None and exc is None:
+            if cancelled is not None and (exc is None or isinstance(exc, Exception)):
+                # A request to the parent is never lost; what the body failed with is its context.
                 raise cancelled
             return None
         finally:

@@ -55,6 +55,10 @@ class _OrdinaryTaskGroupError(TaskGroupError, ExceptionGroup[Exception]):
 
     __doc__ = TaskGroupError.__doc__
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # It has the name of the public class, which pickle would find instead.
+        return _make_group_error, (self.message, self.__errors__), self.__dict__ or None
+
 
 _OrdinaryTaskGroupError.__name__ = _OrdinaryTaskGroupError.__qualname__ = "TaskGroupError"
 
@@ -62,4 +66,4 @@ _OrdinaryTaskGroupError.__name__ = _OrdinaryTaskGroupError.__qualname__ = "TaskG
 def _make_group_error(message: str, errors: Sequence[BaseException]) -> TaskGroupError:
     ordinary = all(isinstance(error, Exception) for error in errors)
     kind: Any = _OrdinaryTaskGroupError if ordinary else TaskGroupError
-    return kind(message, errors)  # type: ignore[no-any-return]
+    return kind(message, tuple(errors))  # type: ignore[no-any-return]

@@ -292,16 +292,16 @@ CancelWait_finish(CancelWaitObject *self, PyObject **result)
     if (!self->quiet) {
         raise_collected(self);
     }
-    /* The caller's own cancellation is never lost to what the tasks ended with, which becomes its context. */
-    if (self->cancelled != NULL
-        && (!PyErr_Occurred() || !PyErr_ExceptionMatches(self->canceller->loop->state->CancelledError)))
-    {
+    /* The caller's own cancellation is never lost to what the tasks ended with, which becomes its context; and it keeps
+       its message, which theirs has no part in. */
+    if (self->cancelled != NULL) {
         PyObject *error = PyErr_GetRaisedException();
         PyObject *cancelled = self->cancelled;
         self->cancelled = NULL;
-        if (error != NULL) {
-            PyException_SetContext(cancelled, error);
+        if (error != NULL && !PyErr_GivenExceptionMatches(error, self->canceller->loop->state->CancelledError)) {
+            PyException_SetContext(cancelled, Py_NewRef(error));
         }
+        Py_XDECREF(error);
         PyErr_SetRaisedException(cancelled);
     }
     /* No cycle through the traceback of what is raised. */

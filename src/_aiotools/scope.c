@@ -840,9 +840,9 @@ leave_frame(AiotScope *self)
 
 /* A request from outside that was delivered but is not what the block ends with: let it be delivered once more. */
 static int
-deliver_again(AiotScope *self, PyObject *host)
+deliver_again(AiotScope *self, PyObject *host, PyObject *msg)
 {
-    return aiot_task_take_back(self->loop, host) < 0 || aiot_task_interrupt(self->loop, host, NULL) < 0 ? -1 : 0;
+    return aiot_task_take_back(self->loop, host) < 0 || aiot_task_interrupt(self->loop, host, msg) < 0 ? -1 : 0;
 }
 
 static ending
@@ -876,7 +876,7 @@ end_group(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, b
         }
     }
     if (errors != NULL) {
-        if (outside && deliver_again(self, host) < 0) {
+        if (outside && deliver_again(self, host, NULL) < 0) {
             end = RAISE;
         }
         else if (PyList_GET_SIZE(errors) == 1 && exc != NULL && !body_cancelled
@@ -932,7 +932,7 @@ choose_end(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, 
     if (cancelled != NULL && (outside || !had_own)) {
         scheduled = Py_NewRef(cancelled);
     }
-    else if (exc == NULL && (outside || delivered || self->closed_by_host)) {
+    else if (exc == NULL && (outside || delivered || self->closed_by_host || (self->expired && had_own))) {
         if ((scheduled = cancelled_error(self, host)) == NULL) {
             return RAISE;
         }
@@ -940,7 +940,7 @@ choose_end(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, 
     ending end = PASS;
     if (self->expired) {
         PyObject *error = PyObject_CallNoArgs(PyExc_TimeoutError);
-        if (error != NULL && outside && deliver_again(self, host) < 0) {
+        if (error != NULL && outside && deliver_again(self, host, NULL) < 0) {
             Py_CLEAR(error);
         }
         if (error != NULL) {
@@ -966,13 +966,38 @@ choose_end(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, 
     return end;
 }
 
+/* How a scope ends, having handed over so many requests that its shield kept. */
+static ending
+end_delivered(AiotScope *self, PyObject *host, PyObject *exc, ending end, Py_ssize_t pending, PyObject *msg)
+{
+    bool with_cancellation = end == RAISE ? PyErr_ExceptionMatches(self->loop->state->CancelledError) != 0
+                                          : end == PASS && is_cancelled_error(self, exc);
+    if (with_cancellation) {
+        return pending > 0 ? DELIVER : end;
+    }
+    if (pending == 0) {
+        /* What the block ends with wins; the request stays pending. */
+        PyObject *raised = PyErr_GetRaisedException();
+        if (deliver_again(self, host, msg) < 0) {
+            Py_XDECREF(raised);
+            return RAISE;
+        }
+        if (raised != NULL) {
+            PyErr_SetRaisedException(raised);
+        }
+    }
+    return end;
+}
+
 /* How a scope ends; its frame is closed. */
 static ending
 end_scope(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, bool had_own, bool outside, bool in_shield)
 {
     Py_ssize_t pending;
+    PyObject *kept = Py_XNewRef(self->frame.deferred);
     Py_ssize_t delivered = aiot_frame_hand_over(self->loop, &self->frame, host, &pending);
     if (delivered < 0) {
+        Py_XDECREF(kept);
         return RAISE;
     }
     ending end = RAISE;
@@ -982,25 +1007,12 @@ end_scope(AiotScope *self, PyObject *host, PyObject *exc, PyObject *cancelled, b
     else {
         end = choose_end(self, host, exc, cancelled, had_own, outside, in_shield, delivered > 0);
     }
-    if (delivered == 0) {
-        return end;
+    if (delivered > 0) {
+        /* The message of the latest one. */
+        PyObject *msg = PyTuple_GET_ITEM(PyList_GET_ITEM(kept, PyList_GET_SIZE(kept) - 1), 0);
+        end = end_delivered(self, host, exc, end, pending, msg);
     }
-    bool with_cancellation = end == RAISE ? PyErr_ExceptionMatches(self->loop->state->CancelledError) != 0
-                                          : end == PASS && is_cancelled_error(self, exc);
-    if (with_cancellation) {
-        return pending > 0 ? DELIVER : end;
-    }
-    if (pending == 0) {
-        /* What the block ends with wins; the request stays pending. */
-        PyObject *raised = PyErr_GetRaisedException();
-        if (deliver_again(self, host) < 0) {
-            Py_XDECREF(raised);
-            return RAISE;
-        }
-        if (raised != NULL) {
-            PyErr_SetRaisedException(raised);
-        }
-    }
+    Py_XDECREF(kept);
     return end;
 }
 
@@ -1348,6 +1360,11 @@ TaskContext_init(PyObject *op, PyObject *args, PyObject *kwargs)
     {
         return -1;
     }
+    PyFrameObject *frame = PyEval_GetFrame();
+    if (frame != NULL) {
+        Py_XSETREF(self->origin, (PyObject *)PyFrame_GetCode(frame));
+        self->origin_line = PyFrame_GetLineNumber(frame);
+    }
     return set_handler_and_context(self, given[0], given[1]);
 }
 
@@ -1483,7 +1500,19 @@ Scope_finalize(PyObject *op)
         return;
     }
     PyObject *pending = PyErr_GetRaisedException();
-    if (PyErr_ResourceWarning(op, 1, "%s %R was never closed: use `await ....aclose()`", scope_name(self), op) < 0) {
+    PyObject *file = self->origin == NULL
+                         ? NULL : PyObject_GetAttr(self->origin, aiot_state_of_type(Py_TYPE(op))->str_co_filename);
+    int failed;
+    if (file != NULL) {
+        failed = PyErr_ResourceWarning(op, 1, "%s %R, created at %S:%d, was never closed: use `await ....aclose()`",
+                                       scope_name(self), op, file, self->origin_line);
+        Py_DECREF(file);
+    }
+    else {
+        PyErr_Clear();
+        failed = PyErr_ResourceWarning(op, 1, "%s %R was never closed: use `await ....aclose()`", scope_name(self), op);
+    }
+    if (failed) {
         PyErr_WriteUnraisable(op);
     }
     if (pending != NULL) {
@@ -1503,6 +1532,7 @@ Scope_traverse(PyObject *op, visitproc visit, void *arg)
     Py_VISIT(self->base_error);
     Py_VISIT(self->errors);
     Py_VISIT(self->var_reset);
+    Py_VISIT(self->origin);
     int stop = aiot_frame_traverse(&self->frame, visit, arg);
     return stop ? stop : aiot_children_traverse(op, visit, arg);
 }
@@ -1522,6 +1552,7 @@ Scope_clear(PyObject *op)
     Py_CLEAR(self->base_error);
     Py_CLEAR(self->errors);
     Py_CLEAR(self->var_reset);
+    Py_CLEAR(self->origin);
     aiot_children_clear(op);
     return 0;
 }

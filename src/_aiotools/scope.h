@@ -28,6 +28,8 @@ typedef struct {
     PyObject *base_error;       /* SystemExit or KeyboardInterrupt of a child or the body */
     PyObject *errors;           /* of a group's children: list, or NULL */
     PyObject *var_reset;        /* contextvars.Token of current_taskgroup */
+    PyObject *origin;           /* the code that made a TaskContext, or NULL */
+    int origin_line;
     PyObject *weakrefs;
     Py_ssize_t n_done;          /* children that have ended, however */
     Py_ssize_t n_failed;        /* those of them that ended with an exception */

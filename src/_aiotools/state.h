@@ -32,6 +32,7 @@
     V(cancelled) \
     V(cancelling) \
     V(close) \
+    V(co_filename) \
     V(context) \
     V(coro) \
     V(create_task) \
