@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sys
 import types
 import weakref
 from collections import deque
@@ -34,6 +35,8 @@ class Statistics(NamedTuple):
 class Retry:
     """When to run a failing child again, and when to give up.
 
+    A child that was cancelled is not run again, whatever it does with the cancellation.
+
     Parameters:
         attempts: how many attempts in all; ``None`` is no limit.
         delay: seconds before the second attempt.
@@ -54,12 +57,20 @@ class Retry:
     on: type[Exception] | tuple[type[Exception], ...] = Exception
 
     def __post_init__(self) -> None:
-        if self.attempts is not None and self.attempts < 1:
-            raise ValueError(f"attempts must be at least 1 or None, not {self.attempts!r}")
+        if self.attempts is not None:
+            if not isinstance(self.attempts, int) or isinstance(self.attempts, bool):
+                raise TypeError(f"attempts must be an int or None, not {type(self.attempts).__name__!r}")
+            if self.attempts < 1:
+                raise ValueError(f"attempts must be at least 1 or None, not {self.attempts!r}")
         if not self.delay >= 0 or not self.max_delay >= 0 or not self.factor > 0:
             raise ValueError("delay and max_delay must not be negative, and factor must be positive")
         if not 0 <= self.jitter <= 1:
             raise ValueError(f"jitter must be between 0 and 1, not {self.jitter!r}")
+        if self.within is not None and not self.within >= 0:
+            raise ValueError(f"within must not be negative, not {self.within!r}")
+        for kind in self.on if isinstance(self.on, tuple) else (self.on,):
+            if not isinstance(kind, type) or not issubclass(kind, Exception):
+                raise TypeError(f"on must be an exception class or a tuple of them, not {self.on!r}")
 
     def pause(self, failures: int) -> float:
         """Seconds to wait after so many failures in a row."""
@@ -82,7 +93,8 @@ def child(
     """The coroutine of a child with policies: one task for all attempts.
 
     *retry* runs it until it succeeds, *restart* also after it succeeded; both give up
-    with the last failure.
+    with the last failure. An attempt that was cancelled is the last one, also when it
+    fails in its clean-up or returns.
     """
     if asyncio.iscoroutine(factory):
         factory.close()
@@ -101,23 +113,50 @@ def child(
     return _attempts(factory, timeout, retry or restart, restart is not None, weakref.ref(scope))
 
 
+# Before 3.13, an asyncio.TaskGroup that fails while its block is being left keeps a request of its own in the account.
+_REQUESTS_ARE_COUNTED = sys.version_info >= (3, 13)
+
+
+def _was_cancelled(task: asyncio.Task[Any], requests: int, exc: BaseException | None) -> bool:
+    """Whether an attempt was asked to end, whatever it did with that."""
+    if task.cancelling() <= requests:
+        return False
+    if _REQUESTS_ARE_COUNTED:
+        return True
+    while exc is not None and not isinstance(exc, asyncio.CancelledError):
+        exc = exc.__context__
+    if exc is not None:
+        return True
+    while task.cancelling() > requests:
+        task.uncancel()
+    return False
+
+
+def _is_ending(scope: Any) -> bool:
+    return scope is None or scope._aborting
+
+
 async def _attempts(factory: Any, timeout: Any, policy: Any, again: bool, scope: Any) -> Any:
     loop = asyncio.get_running_loop()
+    task: Any = asyncio.current_task()
     failures = 0
     while True:
         began = loop.time()
+        requests = task.cancelling()
         try:
             if timeout is None:
                 result = await factory()
             else:
                 async with asyncio.timeout(timeout):
                     result = await factory()
-            if not again:
+            if not again or _was_cancelled(task, requests, None) or _is_ending(scope()):
                 return result
             failures = 0
             pause = policy.delay
         except Exception as exc:
             if policy is None or not isinstance(exc, policy.on):
+                raise
+            if _was_cancelled(task, requests, exc) or _is_ending(scope()):
                 raise
             if policy.within is not None and loop.time() - began > policy.within:
                 failures = 0
@@ -213,7 +252,8 @@ def _begin() -> Generator[None, None, None]:
 
 async def start_task(scope: Any, coro: Coroutine[Any, Any, Any], /, **kwargs: Any) -> asyncio.Task[Any]:
     """``await scope.start_task(coro)``: waits for room, then starts the child, which has its place already."""
-    gate = scope._gate
+    # A scope without a limit has none.
+    gate = getattr(scope, "_gate", None)
     if gate is None or not asyncio.iscoroutine(coro):
         return scope.create_task(coro, **kwargs)  # type: ignore[no-any-return]
     turn = gate.claim()

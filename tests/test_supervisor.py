@@ -89,6 +89,36 @@ class TestRetry:
             scope.abort()
         assert task.cancelled()
 
+    @pytest.mark.parametrize("end", ["task", "scope"])
+    async def test_an_attempt_that_fails_in_its_clean_up_when_cancelled_is_the_last_one(self, end):
+        attempts = []
+
+        async def child():
+            attempts.append(1)
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                raise ValueError
+
+        async with TaskScope(exception_handler=None) as scope:
+            task = scope.create_task(child, retry=QUICK)
+            await turns()
+            task.cancel() if end == "task" else scope.abort()
+        assert len(attempts) == 1 and isinstance(task.exception(), ValueError)
+
+    async def test_a_failing_task_group_in_an_attempt_is_a_failure_as_any_other(self):
+        """Before 3.13 asyncio's leaves a request in the task's account."""
+        flaky = Flaky(3)
+
+        async def child():
+            async with asyncio.TaskGroup() as group:
+                group.create_task(flaky())
+            return asyncio.current_task().cancelling()
+
+        async with TaskScope() as scope:
+            task = scope.create_task(child, retry=QUICK)
+        assert task.result() == 0 and flaky.attempts == 4
+
     async def test_delays_grow_to_their_maximum(self):
         policy = Retry(delay=1, factor=2, max_delay=5, jitter=0)
         assert [policy.pause(failures) for failures in (1, 2, 3, 4, 10_000)] == [1, 2, 4, 5, 5]
@@ -103,6 +133,22 @@ class TestRestart:
             await turns(20)
             assert flaky.attempts > 2 and not task.done()
             supervisor.abort()
+
+    async def test_an_attempt_that_returns_when_cancelled_is_the_last_one(self):
+        attempts = []
+
+        async def child():
+            attempts.append(1)
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                return "stopped"
+
+        async with Supervisor() as supervisor:
+            task = supervisor.create_task(child, restart=QUICK)
+            await turns()
+            supervisor.abort()
+        assert len(attempts) == 1 and task.result() == "stopped"
 
     async def test_it_gives_up_after_so_many_failures_in_a_row(self):
         flaky = Flaky(100)
@@ -147,7 +193,15 @@ class TestMistakes:
             with pytest.raises(ValueError, match="timeout"):
                 scope.create_task(turns, timeout=-1)
 
-    @pytest.mark.parametrize("bad", [{"attempts": 0}, {"delay": -1}, {"factor": 0}, {"jitter": 2}, {"max_delay": -1}])
+    @pytest.mark.parametrize(
+        "bad",
+        [{"attempts": 0}, {"delay": -1}, {"factor": 0}, {"jitter": 2}, {"max_delay": -1}, {"within": -1}],
+    )
     def test_what_is_no_policy(self, bad):
         with pytest.raises(ValueError):
+            aiotools.Retry(**bad)
+
+    @pytest.mark.parametrize("bad", [{"attempts": "3"}, {"attempts": True}, {"on": 3}, {"on": (ValueError, BaseException)}])
+    def test_what_is_no_policy_by_its_type(self, bad):
+        with pytest.raises(TypeError, match=next(iter(bad))):
             aiotools.Retry(**bad)

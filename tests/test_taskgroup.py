@@ -11,7 +11,7 @@ import weakref
 import pytest
 
 import aiotools
-from aiotools import MultiError, ShieldScope, TaskGroup, TaskGroupError, current_taskgroup
+from aiotools import MultiError, ShieldScope, TaskGroup, TaskGroupError, TaskScope, current_taskgroup
 
 
 async def turns(count=3):
@@ -416,6 +416,33 @@ class TestCancel:
 
         task = asyncio.create_task(host())
         with pytest.raises(asyncio.CancelledError):
+            await task
+        assert task.cancelling() == 1
+
+    @pytest.mark.parametrize("make", [TaskGroup, TaskScope])
+    async def test_a_request_from_outside_that_comes_while_it_waits_keeps_its_message(self, make):
+        loop = asyncio.get_running_loop()
+        cancelling, release = loop.create_future(), loop.create_future()
+
+        async def child():
+            try:
+                await forever()
+            finally:
+                cancelling.set_result(None)
+                await release
+
+        async def host():
+            async with make() as group:
+                group.create_task(child())
+                await turns()
+                group.cancel("own")
+
+        task = asyncio.create_task(host())
+        await cancelling
+        await turns()
+        task.cancel("from outside")
+        release.set_result(None)
+        with pytest.raises(asyncio.CancelledError, match="from outside"):
             await task
         assert task.cancelling() == 1
 

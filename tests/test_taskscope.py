@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import gc
+import inspect
 import sys
 import weakref
 
@@ -796,6 +797,16 @@ class TestLimit:
             for number in range(20):
                 scope.create_task(child(number))
         assert peak == 3 and order == list(range(20))
+
+    async def test_start_task_without_a_limit_does_not_wait(self):
+        async with TaskScope() as scope:
+            task = await scope.start_task(turns(1), name="child")
+            assert task.get_name() == "child" and not task.done()
+        assert task.done()
+        coro = turns()
+        with pytest.raises(RuntimeError, match="is finished"):
+            await scope.start_task(coro)
+        assert inspect.getcoroutinestate(coro) == inspect.CORO_CLOSED
 
     async def test_start_task_waits_for_room(self):
         gate = asyncio.get_running_loop().create_future()

@@ -713,7 +713,9 @@ scope_enter(AiotScope *self, bool sync)
             return -1;
         }
     }
-    PyObject *host = aiot_loop_current_task(self->loop, scope_name(self));
+    /* As asyncio's group says it. */
+    PyObject *host = aiot_loop_current_task(self->loop, self->mode == AIOT_TASK_GROUP
+                                                            ? "TaskGroup cannot determine the parent task: it" : scope_name(self));
     if (host == NULL) {
         return -1;
     }
@@ -775,6 +777,7 @@ typedef enum {
 typedef struct {
     AIOT_AWAITABLE_HEAD
     uint8_t stage;
+    bool only_own;              /* `cancelled` is what we asked for ourselves */
     AiotScope *scope;
     PyObject *exc;              /* of the body, or NULL */
     PyObject *cancelled;        /* the CancelledError that came while waiting, or NULL */
@@ -1181,9 +1184,17 @@ Exit_throw(aiot_awaitable *op, PyObject *exc, PyObject **result)
     if (self->stage == DELIVERING) {
         return exit_delivered(self, result);
     }
-    /* Further ones don't cut the wait short. */
-    if (self->cancelled == NULL) {
-        self->cancelled = Py_NewRef(exc);
+    /* Further ones don't cut the wait short. The first one from outside is what the block may end with. */
+    if (self->cancelled == NULL || self->only_own) {
+        AiotScope *scope = self->scope;
+        Py_ssize_t requests = scope->own == 0 ? -1 : aiot_task_requests(scope->loop, scope->frame.task);
+        if (requests < 0) {
+            PyErr_Clear();
+        }
+        self->only_own = requests >= 0 && requests <= scope->frame.requests + scope->own;
+        if (self->cancelled == NULL || !self->only_own) {
+            Py_XSETREF(self->cancelled, Py_NewRef(exc));
+        }
     }
     abort_quietly(self->scope, aiot_cancel_message(exc));
     return exit_step(self, result);
