@@ -511,6 +511,38 @@ class TestRemainingDelay:
 
 
 class TestLeaving:
+    async def test_while_a_delay_is_read(self):
+        """call_later() went on with the clock that was there before, and crashed."""
+        loop = asyncio.get_running_loop()
+        leave = contextlib.ExitStack()
+        leave.enter_context(VirtualClock().patch_loop())
+
+        class Delay:
+            def __float__(self):
+                leave.close()
+                return 0.0
+
+        with contextlib.suppress(TypeError):
+            # The loop's own takes it from there, and may want a genuine number.
+            loop.call_later(Delay(), lambda: None).cancel()
+        assert replaced(loop) == []
+
+    @pytest.mark.loop_kinds("default", "eager", "debug", reason="puts a method onto the loop")
+    async def test_while_a_deadline_is_set(self, monkeypatch):
+        loop = asyncio.get_running_loop()
+        leave = contextlib.ExitStack()
+        leave.enter_context(VirtualClock().patch_loop())
+
+        def is_closed():
+            leave.close()
+            return False
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "is_closed", is_closed)
+            with pytest.raises(RuntimeError, match="taken from the loop"):
+                loop.call_at(5, lambda: None)
+        assert replaced(loop) == []
+
     async def test_by_an_exception(self):
         loop = asyncio.get_running_loop()
         with pytest.raises(ZeroDivisionError):

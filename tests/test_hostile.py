@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import warnings
+import weakref
 
 import pytest
 
@@ -309,6 +310,117 @@ class TestCallbacks:
         await aiotools.sleep(0.01)
         assert called == ["second", "late"]
         sleep.close()
+
+
+class TestTimers:
+    """What a timer calls may end the timer, by its coroutine if need be."""
+
+    @pytest.mark.parametrize("what", ["cb", "jitter", "on_error"])
+    async def test_a_timer_may_be_closed_by_what_it_calls(self, what, loop_errors):
+        calls = []
+
+        class Closing:
+            """Nobody but the timer keeps it."""
+
+            def __call__(self, *args):
+                calls.append(what)
+                if len(calls) == 3:
+                    timer.get_coro().close()
+                    gc.collect()
+                return tick() if what == "cb" else 0.0
+
+        async def tick(*args):
+            if what == "on_error":
+                raise ZeroDivisionError
+
+        options = {what: Closing()} if what != "cb" else {}
+        with aiotools.VirtualClock().patch_loop():
+            timer = aiotools.create_timer(Closing() if what == "cb" else tick, 1, **options)
+            await asyncio.sleep(2.5)
+            started = timer.stats().ticks
+            await asyncio.sleep(10)
+            assert len(calls) == 3 and timer.stats().ticks == started
+            timer.cancel()
+            # As with any coroutine that was closed under its task.
+            with pytest.raises((RuntimeError, asyncio.CancelledError)):
+                await timer
+
+    async def test_a_timer_closed_while_its_new_interval_is_read_is_not_kept_by_the_loop(self):
+        timers = []
+
+        class Closing:
+            def __float__(self):
+                timers[0].get_coro().close()
+                return 0.0
+
+        class Interval(float):
+            pass
+
+        async def tick(interval):
+            pass
+
+        interval = Interval(60)
+        gone = weakref.ref(interval)
+        timers.append(aiotools.create_timer(tick, interval))
+        del interval
+        await asyncio.sleep(0)
+        timers[0].reschedule(Closing())
+        timers[0].cancel()
+        with pytest.raises((RuntimeError, asyncio.CancelledError)):
+            await timers[0]
+        deadlines, _ = aiotools._aiotools._loop_counts(asyncio.get_running_loop())
+        timers.clear()
+        gc.collect()
+        assert gone() is None
+        assert deadlines == 0
+
+    def test_the_coroutine_of_a_timer_may_outlive_its_loop(self):
+        def make():
+            loop = asyncio.new_event_loop()
+            made = []
+
+            async def tick(interval):
+                pass
+
+            def start():
+                made.append(aiotools.create_timer(tick, 1).get_coro())
+                loop.stop()
+
+            loop.set_exception_handler(lambda loop, context: None)
+            loop.call_soon(start)
+            loop.run_forever()
+            loop.close()
+            return made.pop(), weakref.ref(loop)
+
+        coro, loop = make()
+        gc.collect()
+        assert loop() is None
+        with pytest.raises(RuntimeError, match="event loop"):
+            coro.send(None)
+
+
+class TestBursts:
+    @pytest.mark.loop_kinds("default", "eager", reason="puts methods onto the loop; in debug mode there are no sweeps")
+    async def test_a_look_that_the_loop_refuses_is_taken_later(self, loop_errors):
+        """The scope waited for ever for children of which nobody would look whether they had ended."""
+        loop = asyncio.get_running_loop()
+
+        def is_sweep(*args):
+            return type(args[0]).__name__ == "Sweep"
+
+        async def child():
+            for _ in range(20):
+                await asyncio.sleep(0)
+
+        async with aiotools.TaskScope() as scope:
+            for _ in range(20):
+                scope.create_task(child())
+            await asyncio.sleep(0)
+            # The one that a sweep asks for, when the host waits already.
+            once(loop, "call_soon", fail, is_sweep)
+        assert scope._n_done == 20
+        assert [type(error["exception"]) for error in loop_errors] == [ZeroDivisionError]
+        loop_errors.clear()
 
 
 class TestComparisons:

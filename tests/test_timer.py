@@ -6,6 +6,7 @@ import contextvars
 import gc
 import inspect
 import io
+import math
 import os
 import random
 import subprocess
@@ -1041,6 +1042,19 @@ class TestOnError:
             assert timer.stats().skipped == 1 + 3 + 4 + 4 + 4
             await stop(timer)
         assert len(loop_errors.take()) == 5
+
+    async def test_backing_off_without_a_cap_counts_as_far_as_a_counter_goes(self):
+        async def tick(interval):
+            raise ValueError
+
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        with aiotools.VirtualClock().patch_loop():
+            timer = create_timer(tick, 1, on_error="backoff", backoff_cap=math.inf)
+            await asyncio.sleep(2.0**80)
+            stats = timer.stats()
+            assert 80 <= stats.ticks <= 82
+            assert stats.skipped == 2**64 - 1
+            await stop(timer)
 
     async def test_a_callable_gets_the_timer_and_the_exception(self):
         calls = []

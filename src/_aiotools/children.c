@@ -113,7 +113,7 @@ Child_traverse(PyObject *op, visitproc visit, void *arg)
     return 0;
 }
 
-/* After n_children became 0 without an end. */
+/* After n_children became 0 without an end, or when nobody will look for ends: who waits looks again. */
 static void
 wake_quietly(AiotChildren *parent)
 {
@@ -393,7 +393,11 @@ young_reserve(AiotChildren *self)
         return 0;
     }
     Py_ssize_t room = self->young_room == 0 ? 16 : self->young_room + self->young_room / 2;
-    aiot_young *young = PyMem_Resize(self->young, aiot_young, room);
+    aiot_young *young = NULL;
+    if ((size_t)room <= PY_SSIZE_T_MAX / sizeof(aiot_young)) {
+        /* Not PyMem_Resize(), which forgets what there was when there is no memory. */
+        young = PyMem_Realloc(self->young, (size_t)room * sizeof(aiot_young));
+    }
     if (young == NULL) {
         PyErr_NoMemory();
         return -1;
@@ -526,6 +530,10 @@ sweep_young(AiotChildren *self)
     if (kept > 0 && self->sweeps_asked == 0) {
         PyObject *exc = PyErr_GetRaisedException();
         int not_asked = ask_for_sweep(self);
+        if (not_asked) {
+            /* Who waits asks again, or is told that it can't be. */
+            wake_quietly(self);
+        }
         if (exc != NULL) {
             if (not_asked) {
                 PyErr_WriteUnraisable((PyObject *)self);
@@ -627,6 +635,7 @@ settle_youngest(AiotChildren *self)
     if (error != NULL) {
         if (self->n_young > 0 && self->sweeps_asked == 0 && watch_youngest(self) < 0) {
             PyErr_WriteUnraisable((PyObject *)self);
+            wake_quietly(self);
         }
         PyErr_SetRaisedException(error);
         return -1;
@@ -938,7 +947,7 @@ aiot_join(AiotChildren *self, aiot_joiner *joiner, PyObject **result)
             return PYGEN_ERROR;
         }
     }
-    else if (self->n_young > 0 && !self->sweep_is_last && ask_for_sweep(self) < 0) {
+    else if (self->n_young > 0 && (!self->sweep_is_last || self->sweeps_asked == 0) && ask_for_sweep(self) < 0) {
         return PYGEN_ERROR;
     }
     AiotWaiter *waiter = aiot_waiter_new(self->loop, AIOT_PENDING);

@@ -813,7 +813,12 @@ schedule(DriverObject *self, double when, PyObject *const *args, Py_ssize_t narg
     }
     handle->is_tick = is_tick;
     int failed;
-    if (when <= self->clock->vtime) {
+    if (!is_active(self)) {
+        /* By what was asked on the way: a subclass of float, is_closed(). */
+        PyErr_SetString(PyExc_RuntimeError, "the clock was taken from the loop meanwhile");
+        failed = -1;
+    }
+    else if (when <= self->clock->vtime) {
         failed = handle_call_soon(handle);
     }
     else {
@@ -870,6 +875,10 @@ Driver_call_later(PyObject *op, PyObject *const *args, Py_ssize_t nargs, PyObjec
     {
         return NULL;
     }
+    if (!is_active(self)) {
+        /* To make a float of the delay may have run anything. */
+        return PyObject_Vectorcall(self->loop_call_later, args, (size_t)nargs, kwnames);
+    }
     return schedule(self, self->clock->vtime + delay, args, nargs, context);
 }
 
@@ -924,9 +933,9 @@ give_back(DriverObject *self, HandleObject *handle)
     if (when == NULL) {
         return -1;
     }
-    PyObject *callback = Py_NewRef(handle->callback);
-    PyObject *inner = call_with_args(self->loop->state, self->loop_call_at, when, callback, handle->args,
-                                     handle->context);
+    PyObject *callback = Py_NewRef(handle->callback), *args = Py_XNewRef(handle->args);
+    PyObject *inner = call_with_args(self->loop->state, self->loop_call_at, when, callback, args, handle->context);
+    Py_XDECREF(args);
     Py_DECREF(callback);
     Py_DECREF(when);
     if (inner == NULL) {

@@ -106,7 +106,11 @@ run_add_worker(GroupRunObject *run, GroupWorkerObject *worker)
 {
     if (run->n_active == run->room) {
         Py_ssize_t room = run->room == 0 ? 4 : 2 * run->room;
-        GroupWorkerObject **workers = PyMem_Resize(run->workers, GroupWorkerObject *, room);
+        GroupWorkerObject **workers = NULL;
+        if ((size_t)room <= PY_SSIZE_T_MAX / sizeof(*workers)) {
+            /* Not PyMem_Resize(), which forgets what there was when there is no memory. */
+            workers = PyMem_Realloc(run->workers, (size_t)room * sizeof(*workers));
+        }
         if (workers == NULL) {
             PyErr_NoMemory();
             return -1;

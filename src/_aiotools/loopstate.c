@@ -170,6 +170,10 @@ aiot_loop_report(AiotLoop *self, const char *message, PyObject *key, PyObject *v
 PyObject *
 aiot_loop_current_task(AiotLoop *self, const char *what)
 {
+    if (self->loop == NULL) {
+        PyErr_Format(PyExc_RuntimeError, "%s needs its event loop, which is gone", what);
+        return NULL;
+    }
     PyObject *task = PyObject_CallOneArg(self->state->current_task, self->loop);
     if (task == Py_None) {
         Py_DECREF(task);

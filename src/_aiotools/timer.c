@@ -171,6 +171,17 @@ run_follow_clock(RunObject *self)
     self->fresh_at += delta;
 }
 
+/* n ticks, a whole number, will not be run. A virtual clock can leap further than a counter counts, and so far that the numbers
+ * of ticks have no neighbours any more, or are infinite. */
+static void
+run_skip(RunObject *self, double n)
+{
+    double room = (double)(UINT64_MAX - self->skipped);
+    if (n > 0) {
+        self->skipped = n < room ? self->skipped + (uint64_t)n : UINT64_MAX;
+    }
+}
+
 /* ---- context ------------------------------------------------------------------------------------------------ */
 
 /* 1: entered, leave it again; 0: was inside already; -1. */
@@ -271,11 +282,11 @@ run_draw_jitter(RunObject *self, double *out)
     return failed;
 }
 
-/* Nothing is due by the clock; the loop goes on keeping the timer. */
+/* Nothing is due by the clock; the loop goes on keeping the timer, unless that has ended. */
 static int
 run_park(RunObject *self)
 {
-    return aiot_alarm_set(self->loop, &self->alarm, INFINITY);
+    return self->stage == TIMER_TICKING ? aiot_alarm_set(self->loop, &self->alarm, INFINITY) : 0;
 }
 
 /* Sets the alarm, or asks for a turn, for the tick that is planned. */
@@ -387,7 +398,7 @@ run_back_off(RunObject *self)
     if (k <= self->k) {
         return 0;
     }
-    self->skipped += (uint64_t)(k - self->k);
+    run_skip(self, k - self->k);
     return run_plan(self, k);
 }
 
@@ -864,9 +875,10 @@ run_call_cb(RunObject *self, PyObject **task)
     if (loop == NULL) {
         return -1;
     }
-    PyObject *interval = Py_NewRef(self->interval_obj);
-    PyObject *coro = PyObject_CallOneArg(self->cb, interval);
+    PyObject *cb = Py_NewRef(self->cb), *interval = Py_NewRef(self->interval_obj);
+    PyObject *coro = PyObject_CallOneArg(cb, interval);
     Py_DECREF(interval);
+    Py_DECREF(cb);
     int failed = -1;
     if (coro == NULL || check_coroutine(state, coro) < 0) {
         goto done;
@@ -1017,7 +1029,7 @@ run_tick_due(RunObject *self, double now)
     }
     double due = run_k == k ? planned : run_due_time(self, run_k);
     double next = any && self->catch_up ? run_k + 1 : last + 1;
-    self->skipped += (uint64_t)(next - k - (any ? 1 : 0));
+    run_skip(self, next - k - (any ? 1 : 0));
     if (any) {
         self->last_k = next - 1;
     }
@@ -1188,7 +1200,7 @@ run_release(RunObject *self)
     Py_CLEAR(self->jitter);
     Py_CLEAR(self->handler);
     Py_CLEAR(self->task_kwargs);
-    Py_CLEAR(self->context);
+    /* Not the context: a callback that closes us is still to leave it. */
 }
 
 static void
@@ -1705,7 +1717,7 @@ run_pause(RunObject *self, PyObject *Py_UNUSED(arg))
         self->queued = false;
         self->skipped++;
     }
-    return self->stage == TIMER_TICKING ? run_park(self) : 0;
+    return run_park(self);
 }
 
 PyDoc_STRVAR(pause_doc,

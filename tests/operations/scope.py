@@ -168,6 +168,21 @@ async def entering_and_leaving_a_scope(fail):
             step(scope.__aexit__(None, None, None))
 
 
+# More tasks than there is room for at first. They have not begun: their cancellation allocates nothing of asyncio's.
+@no_memory("cancel_and_wait", kinds=("default",))
+async def cancelling_many_tasks(fail):
+    tasks = [asyncio.create_task(forever()) for _ in range(20)]
+    wait = aiotools.cancel_and_wait(tasks)
+    try:
+        with fail:
+            wait.send(None)
+    finally:
+        wait.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
 @no_memory("TaskContext", "ShieldScope", "cancel_and_wait", kinds=("default",))
 async def constructing(fail):
     # Tasks are left out: asyncio's own don't survive every failure.
