@@ -518,6 +518,18 @@ class TestErrors:
         assert info.value.__cause__ is cause
         assert traceback.extract_tb(info.tb)[-1].name == "get"
 
+    async def test_the_copies_show_what_was_being_handled_when_it_was_raised(self):
+        s = Source(cache_errors_for=60, shared=True)
+        s.error = ValueError()
+        s.error.__context__ = context = KeyError()
+        with pytest.raises(ValueError):
+            await s.get()
+        with pytest.raises(ValueError) as info:
+            await s.get()
+        assert info.value is not s.error
+        assert info.value.__context__ is context and info.value.__cause__ is None
+        assert info.value.__suppress_context__ is False
+
     async def test_what_cannot_be_copied_is_raised_as_it_is(self):
         class Odd(Exception):
             def __init__(self, a, b):

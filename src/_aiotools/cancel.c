@@ -457,11 +457,13 @@ CancelWait_throw(aiot_awaitable *op, PyObject *exc, PyObject **result)
             CancelWait_leave(self);
             return PYGEN_ERROR;
         }
+        PyObject *msg = Py_XNewRef(aiot_cancel_message(exc));
         for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tasks); i++) {
-            if (cancel_task(self->canceller->loop->state, PyList_GET_ITEM(tasks, i), aiot_cancel_message(exc)) < 0) {
+            if (cancel_task(self->canceller->loop->state, PyList_GET_ITEM(tasks, i), msg) < 0) {
                 PyErr_WriteUnraisable(PyList_GET_ITEM(tasks, i));
             }
         }
+        Py_XDECREF(msg);
         Py_DECREF(tasks);
     }
     return CancelWait_step(self, result);

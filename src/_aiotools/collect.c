@@ -300,7 +300,10 @@ End_throw(aiot_awaitable *op, PyObject *exc, PyObject **result)
     /* Once is enough: a second request would interrupt their clean-up. */
     if (!self->crew->closed) {
         self->crew->closed = true;
-        if (cancel_all(self->crew, cancelled ? message_of(exc) : NULL) < 0) {
+        PyObject *msg = cancelled ? Py_XNewRef(message_of(exc)) : NULL;
+        int failed = cancel_all(self->crew, msg);
+        Py_XDECREF(msg);
+        if (failed) {
             return crew_answer(self, PYGEN_ERROR);
         }
     }

@@ -19,7 +19,7 @@ typedef struct {
 
 /* A new awaitable that is done, when the key's value is there and fresh. 1, 0 or -1. */
 static int
-cache_hit_lock_held(CacheObject *self, aiot_state *state, AiotLoop *loop, PyObject *key, PyObject **result)
+cache_hit_lock_held(CacheObject *self, aiot_state *state, PyObject *key, PyObject **result)
 {
     EntryObject *entry;
     int there = aiot_lru_find(self, key, &entry);
@@ -32,7 +32,8 @@ cache_hit_lock_held(CacheObject *self, aiot_state *state, AiotLoop *loop, PyObje
     }
     if (!isinf(entry->fresh_until)) {
         aiot_lru_time now;
-        if (aiot_lru_now(self, loop, &now) < 0) {
+        /* Comparing the keys may have cleared the cache, and with it its loop. */
+        if (aiot_lru_now(self, self->loop, &now) < 0) {
             Py_DECREF(entry);
             return -1;
         }
@@ -50,13 +51,12 @@ cache_hit_lock_held(CacheObject *self, aiot_state *state, AiotLoop *loop, PyObje
     return *result == NULL ? -1 : 1;
 }
 
-/* Whether the running loop is the one of the cache (*loop, borrowed); any will do when it is shared, and *loop is NULL.
- * Anything else is said when the call is awaited. */
+/* Whether the running loop is the one of the cache; any will do when it is shared, which has none. Anything else is said when
+ * the call is awaited. */
 static bool
-cache_is_at_home(CacheObject *self, aiot_state *state, AiotLoop **loop)
+cache_is_at_home_lock_held(CacheObject *self, aiot_state *state)
 {
-    *loop = self->loop;
-    if (*loop == NULL) {
+    if (self->loop == NULL) {
         return self->shared;
     }
     PyObject *running = aiot_call_noargs(state->maybe_running_loop);
@@ -64,7 +64,7 @@ cache_is_at_home(CacheObject *self, aiot_state *state, AiotLoop **loop)
         PyErr_Clear();
         return false;
     }
-    bool at_home = running == (*loop)->loop;
+    bool at_home = self->loop != NULL && running == self->loop->loop;
     Py_DECREF(running);
     return at_home;
 }
@@ -78,13 +78,13 @@ cache_call(CacheObject *self, PyObject *instance, PyObject *const *args, Py_ssiz
         return NULL;
     }
     PyObject *result = NULL;
-    AiotLoop *loop;
-    bool at_home = cache_is_at_home(self, state, &loop);
+    bool at_home;
     int there;
     Py_BEGIN_CRITICAL_SECTION(self);
     there = aiot_lru_check_open(self);
+    at_home = cache_is_at_home_lock_held(self, state);
     if (there == 0 && at_home) {
-        there = cache_hit_lock_held(self, state, loop, key, &result);
+        there = cache_hit_lock_held(self, state, key, &result);
     }
     Py_END_CRITICAL_SECTION();
     if (there == 0 && !at_home && PyObject_Hash(key) == -1) {

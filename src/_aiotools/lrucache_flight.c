@@ -472,6 +472,8 @@ raise_error_of_entry(EntryObject *entry)
         if (copy != NULL && Py_TYPE(copy) == Py_TYPE(exc)) {
             PyException_SetCause(copy, PyException_GetCause(exc));
             PyException_SetContext(copy, PyException_GetContext(exc));
+            /* To set a cause, even none, says that the context does not matter. */
+            ((PyBaseExceptionObject *)copy)->suppress_context = ((PyBaseExceptionObject *)exc)->suppress_context;
             Py_SETREF(exc, Py_NewRef(copy));
         }
         /* One that can't be copied is better than none. */
@@ -595,6 +597,11 @@ call_launch_lock_held(CallObject *self, AiotLoop *loop)
     FlightObject *flight = NULL;
     EntryObject *entry = aiot_lru_obtain(state, cache, self->key);
     if (entry != NULL && (entry->content != EMPTY || flight_to_join_lock_held(entry, loop) != NULL)) {
+        answer = START_OVER;
+    }
+    else if (entry != NULL && cache->closed) {
+        /* Meanwhile: starting over says so. */
+        aiot_lru_drop_if_vain(entry);
         answer = START_OVER;
     }
     else if (entry != NULL && (flight = flight_new_lock_held(entry, loop)) == NULL) {
@@ -1008,6 +1015,9 @@ close_start_lock_held(CloseObject *self, AiotLoop *loop, PyObject **result)
     if (cache->n_flights == 0) {
         *result = Py_NewRef(Py_None);
         return PYGEN_RETURN;
+    }
+    if (self->waiter == NULL && (self->waiter = aiot_waiter_new(loop, AIOT_PENDING)) == NULL) {
+        return PYGEN_ERROR;
     }
     aiot_link_append(&cache->closers, &self->link);
     *result = aiot_waiter_yield(self->waiter);

@@ -380,9 +380,11 @@ scope_spawn(AiotScope *self, PyObject *coro, PyObject *name, PyObject *context, 
     Py_XDECREF(gated);
     if (task != NULL && self->aborting) {
         /* An eager child aborted us before it was linked. Done ones don't mind. */
-        if (aiot_task_cancel_from(self->loop, task, self->frame.token, NULL) < 0) {
+        AiotShield *origin = (AiotShield *)Py_XNewRef((PyObject *)self->frame.token);
+        if (aiot_task_cancel_from(self->loop, task, origin, NULL) < 0) {
             Py_CLEAR(task);
         }
+        Py_XDECREF((PyObject *)origin);
     }
     return task;
 }
@@ -1196,7 +1198,9 @@ Exit_throw(aiot_awaitable *op, PyObject *exc, PyObject **result)
             Py_XSETREF(self->cancelled, Py_NewRef(exc));
         }
     }
-    abort_quietly(self->scope, aiot_cancel_message(exc));
+    PyObject *msg = Py_XNewRef(aiot_cancel_message(exc));
+    abort_quietly(self->scope, msg);
+    Py_XDECREF(msg);
     return exit_step(self, result);
 }
 
