@@ -37,6 +37,8 @@ async def app(scope, receive, send):
     await respond(send, f"{os.getpid()}")
 
 
+HERE = "is no application"
+
 # Closes no connection on its own while the server is up.
 patient = asgi_worker("server_apps:app", timeout_keep_alive=3600)
 
@@ -97,6 +99,14 @@ async def leaks_descriptors(loop, index, args):
             kept.append(os.open(os.devnull, os.O_RDONLY))
 
     loop.call_soon(take)
+    yield
+    for fd in kept:
+        os.close(fd)
+
+
+@server_context
+async def wants_too_much_memory(loop, index, args):
+    bytearray(sys.maxsize // 2)
     yield
 
 

@@ -1,6 +1,7 @@
 """What the command says about its arguments; what it does with them is in test_server_serve.py."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,85 @@ def test_what_cannot_be_served_ends_at_once_with_status_2_and_one_line(arguments
 
 @pytest.mark.skipif(os.name != "posix", reason="servers run on POSIX systems")
 @pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--bind", "tcp://127.0.0.1", "no port from 0 to 65535 in 'tcp://127.0.0.1'"),
+        ("--bind", "tcp://127.0.0.1:65536", "no port from 0 to 65535 in 'tcp://127.0.0.1:65536'"),
+        ("--bind", "unix:", "no path in 'unix:'"),
+        ("--hang-timeout", "0", "hang_timeout must be more than 0 seconds, not 0.0"),
+        ("--hang-timeout", "nan", "hang_timeout must be more than 0 seconds, not nan"),
+        ("--start-timeout", "-1", "start_timeout must be more than 0 seconds, not -1.0"),
+        ("--drain-timeout", "-1", "drain_timeout must be at least 0 seconds, not -1.0"),
+        ("--cancel-timeout", "-1", "cancel_timeout must be at least 0 seconds, not -1.0"),
+        ("--max-surge", "0", "max_surge must be at least 1, not 0"),
+        ("--boot-failure-limit", "0", "boot_failure_limit must be at least 1, not 0"),
+        ("--max-requests", "0", "max_requests must be at least 1, not 0"),
+        ("--max-age", "0", "max_age must be more than 0 seconds, not 0.0"),
+        ("--max-memory", "0", "max_memory must be at least 1, not 0"),
+        ("--backlog", "0", "backlog must be at least 1, not 0"),
+        ("--socket-mode", "1777", "socket_mode must be from 0 to 0o777, not 0o1777"),
+    ],
+)
+def test_a_value_out_of_range_is_named_with_its_range(option, value, message, capsys, monkeypatch):
+    # Setting up the log would take away pytest's.
+    monkeypatch.setattr(serve, "set_up_logging", lambda level: None)
+    assert main([*SERVE, f"{option}={value}"]) == 2
+    assert capsys.readouterr().err == f"aiotools serve: {message}\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="servers run on POSIX systems")
+def test_a_file_that_is_no_pidfile_is_left_alone(tmp_path):
+    path = tmp_path / "precious"
+    path.write_text("not a number\n")
+    done = run("svc:worker", "--pidfile", "precious", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "the pidfile precious exists and holds no process id" in done.stderr.splitlines()[-1]
+    assert path.read_text() == "not a number\n"
+    assert os.listdir(tmp_path) == ["precious"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="servers run on POSIX systems")
+@pytest.mark.parametrize("how", ["raises", "dies"])
+def test_without_restarts_a_failing_worker_is_status_3_too(how, tmp_path):
+    (tmp_path / "svc.py").write_text(FAILING)
+    done = run(f"svc:{how}", "--restart", "never", "-w", "2", cwd=tmp_path)
+    assert done.returncode == 3
+    last = done.stderr.splitlines()[-1]
+    assert re.match(r"aiotools serve: worker \d has ended: ", last)
+    assert {"raises": "OSError: the disk is away, exit code 1", "dies": "crashed, SIGKILL"}[how] in last
+
+
+@pytest.mark.skipif(os.name != "posix", reason="servers run on POSIX systems")
+def test_workers_that_all_end_well_are_status_0(tmp_path):
+    (tmp_path / "svc.py").write_text(FAILING)
+    done = run("svc:ends", "-w", "2", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "All child processes have terminated" in done.stderr
+
+
+FAILING = """
+import os, signal
+from aiotools.server import server_context
+
+@server_context
+async def raises(loop, index, args):
+    raise OSError("the disk is away")
+    yield
+
+@server_context
+async def dies(loop, index, args):
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+@server_context
+async def ends(loop, index, args):
+    loop.call_soon(os._exit, 0)
+    yield
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="servers run on POSIX systems")
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--bind", "unix:nowhere/x"], "aiotools serve: cannot bind unix:nowhere/x: No such file or directory"),
@@ -106,7 +186,10 @@ def test_what_cannot_be_served_ends_at_once_with_status_2_and_one_line(arguments
             ["--control", "nowhere/c"],
             "aiotools serve: cannot open the control socket nowhere/c: No such file or directory",
         ),
-        (["--pidfile", "nowhere/p"], "nowhere/p"),
+        (["--pidfile", "nowhere/p"], "aiotools serve: cannot write the pidfile nowhere/p: No such file or directory"),
+        (["--pidfile", "."], "aiotools serve: cannot write the pidfile .: "),
+        (["--bind", "fd://99"], "aiotools serve: cannot bind fd://99: Bad file descriptor"),
+        (["--bind", "systemd"], "aiotools serve: bind='systemd': no sockets were passed to this process (LISTEN_FDS)"),
     ],
 )
 def test_what_cannot_be_opened_ends_at_once_with_status_1_and_its_name(arguments, message, tmp_path):

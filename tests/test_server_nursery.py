@@ -138,10 +138,17 @@ class TestPreload:
         play.start(workers.tells_library, "nursery_library", num_workers=2)
         assert [m[1] == m[2] for m in play.of("library")] == [True, True]
 
-    def test_what_cannot_be_imported_is_for_the_worker_that_needs_it(self, play):
+    def test_what_cannot_be_imported_is_told_and_left_to_the_worker_that_needs_it(self, play, caplog, monkeypatch):
+        # Something of its kind of worker's is that worker's affair alone.
+        monkeypatch.setattr(workers.managed, "_aiotools_preload", ("nor_this_one",), raising=False)
         script(play, (lambda: play.count("enter") == 1, lambda: kill(signal.SIGTERM)))
         play.start(workers.managed, preload=["no_such_module_anywhere"])
         assert play.count("leave") == 1
+        expected = (
+            "cannot preload no_such_module_anywhere: ModuleNotFoundError: No module named 'no_such_module_anywhere'"
+        )
+        assert expected in caplog.text
+        assert "nor_this_one" not in caplog.text
 
     @pytest.mark.parametrize("bad", ["name", [1]])
     def test_it_takes_names(self, bad):

@@ -313,6 +313,13 @@ class TestFailures:
         assert "the database is away" in text
         assert "lifespan startup failed" in text.splitlines()[-1]
 
+    def test_an_application_that_cannot_be_called_gives_up(self):
+        arguments = ["--bind", "tcp://127.0.0.1:0", "--boot-failure-limit", "1"]
+        with Service("asgi:server_apps:HERE", *arguments) as service:
+            status, text = service.wait_exit()
+        assert status == 3
+        assert "an ASGI application must be callable, not" in text.splitlines()[-1]
+
     def test_a_port_in_use_is_status_1(self):
         with socket.create_server(("127.0.0.1", 0)) as other:
             address = f"tcp://127.0.0.1:{other.getsockname()[1]}"
@@ -363,9 +370,29 @@ class TestFailures:
         assert status == 0
         assert "BrokenPipeError" in text
 
-    def test_a_worker_out_of_descriptors_still_obeys(self):
-        with Service("server_apps:leaks_descriptors", "--hang-timeout", "2") as service:
+    @pytest.mark.parametrize("loop", LOOPS)
+    @pytest.mark.parametrize("kind", ["process", "thread"])
+    def test_a_worker_out_of_descriptors_still_obeys(self, kind, loop):
+        """A thread takes all that the server has."""
+        arguments = ["--kind", kind, "--loop", loop, "--hang-timeout", "60"]
+        with Service("server_apps:leaks_descriptors", *arguments) as service:
             service.wait_line("Too many open files")
+            service.wait_line("ready: 1 workers")
+            service.signal(signal.SIGTERM)
+            assert service.wait_exit()[0] == 0
+
+    @pytest.mark.parametrize("kind", ["process", "thread"])
+    def test_a_worker_out_of_memory_gives_up_with_the_reason(self, kind):
+        with Service("server_apps:wants_too_much_memory", "--kind", kind, "--boot-failure-limit", "2") as service:
+            status, text = service.wait_exit()
+        assert status == 3
+        assert (
+            "failed 2 times in a row; the last time: error during initialization: MemoryError" in text.splitlines()[-1]
+        )
+
+    def test_without_workers_it_says_that_it_is_ready(self):
+        with Service("server_apps:echo", "-w", "0") as service:
+            service.wait_line("ready: 0 workers")
             service.signal(signal.SIGTERM)
             assert service.wait_exit()[0] == 0
 

@@ -1,7 +1,7 @@
 """``aiotools serve``: run a service with production defaults; ``aiotools control``: talk to it.
 
-Exit status of ``serve``: 0 after a stop, 2 for a bad command line, 3 if the server gave up, 1 if it
-could not start (an address in use, ...); the reason is in the last line on stderr.
+Exit status of ``serve``: 0 after a stop, 2 for a bad command line, 3 if the server gave up or ended because of a
+worker's failure, 1 if it could not start (an address in use, ...); the reason is in the last line on stderr.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
             target = asgi_worker(target.removeprefix("asgi:"))
         else:
             parse_target(target)
-        start_server(
+        report = start_server(
             target,
             num_workers=arguments.workers,
             prestart_hook=functools.partial(set_up_logging, arguments.log_level)
@@ -169,6 +169,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
             preload=arguments.preload,
             pidfile=arguments.pidfile,
             control_socket=arguments.control,
+            report=True,
         )
     except ServerFailed as exc:
         print(f"aiotools serve: {exc}", file=sys.stderr)
@@ -183,6 +184,12 @@ def run_serve(arguments: argparse.Namespace) -> int:
     except RuntimeError as exc:
         print(f"aiotools serve: {exc}", file=sys.stderr)
         return 1
+    assert report is not None
+    if report.reason != "stopped" and (bad := [w for w in report.workers if w.code or w.signal]):
+        # With --restart never: nobody has asked it to end.
+        last = bad[-1]
+        print(f"aiotools serve: worker {last.index} has ended: {last.reason}, {last.outcome}", file=sys.stderr)
+        return 3
     return 0
 
 

@@ -64,7 +64,10 @@ async def _serve(app: Any, options: dict[str, Any]) -> AsyncGenerator[None, Any]
     me = current_worker()
     if not me.sockets:
         raise ValueError("an ASGI application needs an address: bind=")
-    config = uvicorn.Config(import_target(app), **{"log_config": None, "access_log": False, **options})
+    app = import_target(app)
+    if not callable(app):
+        raise TypeError(f"an ASGI application must be callable, not {app!r}")
+    config = uvicorn.Config(app, **{"log_config": None, "access_log": False, **options})
     config.load()
     server = uvicorn.Server(config)
     server.lifespan = config.lifespan_class(config)

@@ -268,25 +268,45 @@ class PidFile(ServerPlugin):
         self._written = False
 
     def open(self, sup: Supervisor) -> None:
-        other = self._read()
+        try:
+            other = self._read()
+        except ValueError:
+            raise RuntimeError(f"the pidfile {self.path} exists and holds no process id; it is left alone") from None
         if other is not None and other != os.getpid() and _exists(other):
             raise RuntimeError(f"the pidfile {self.path} names process {other}, which is running")
         temporary = f"{self.path}.{os.getpid()}"
-        with open(temporary, "w") as f:
-            f.write(f"{os.getpid()}\n")
-        os.replace(temporary, self.path)
+        try:
+            try:
+                with open(temporary, "w") as f:
+                    f.write(f"{os.getpid()}\n")
+                os.replace(temporary, self.path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
+                raise
+        except OSError as exc:
+            raise OSError(exc.errno, f"cannot write the pidfile {self.path}: {exc.strerror}") from None
         self._written = True
 
     def _read(self) -> int | None:
+        """The process id in it; None if there is none.
+
+        :raises ValueError: it holds something else.
+        """
         try:
-            with open(self.path) as f:
-                return int(f.read())
-        except (OSError, ValueError):
+            with open(self.path, "rb") as f:
+                text = f.read(100).strip()
+        except OSError:
             return None
+        if not text:
+            return None
+        if not text.isdigit():
+            raise ValueError(text)
+        return int(text)
 
     def close(self, sup: Supervisor) -> None:
-        if self._written and self._read() == os.getpid():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
+            if self._written and self._read() == os.getpid():
                 os.unlink(self.path)
 
 

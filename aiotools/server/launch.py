@@ -7,7 +7,6 @@ import logging
 import random
 import socket
 import sys
-import sysconfig
 from typing import TYPE_CHECKING, Any
 
 from ..fork import ChildStartError, keep_from_children
@@ -165,7 +164,8 @@ class Launcher:
 
 def gil_came_back() -> bool:
     """Whether this is a free-threaded build whose GIL is enabled."""
-    return bool(sysconfig.get_config_var("Py_GIL_DISABLED")) and sys._is_gil_enabled()  # type: ignore[attr-defined]
+    # Not from sysconfig, which reads a file when it is asked: a thread worker may have taken all descriptors.
+    return "t" in sys.abiflags and sys._is_gil_enabled()  # type: ignore[attr-defined]
 
 
 def foreign_extensions() -> list[str]:

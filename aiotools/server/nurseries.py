@@ -30,12 +30,14 @@ class Nurseries:
 
     :param fallback: the multiprocessing context for when there is none.
     :param preload: modules that they import.
+    :param asked: those among them that the user has asked for.
     :param block: signals that their children begin with blocked.
     """
 
-    def __init__(self, fallback: Any, preload: Sequence[str], block: Sequence[int]) -> None:
+    def __init__(self, fallback: Any, preload: Sequence[str], asked: Sequence[str], block: Sequence[int]) -> None:
         self._fallback = fallback
         self._preload = preload
+        self._asked = frozenset(asked)
         self._block = block
         self._contexts: dict[int, NurseryContext] = {}
         self._retired: list[Nursery] = []
@@ -73,7 +75,7 @@ class Nurseries:
             try:
                 nursery = Nursery(self._preload, self._block)
                 try:
-                    await nursery.wait_ready()
+                    failed = await nursery.wait_ready()
                 except BaseException:
                     self._retired.append(nursery)
                     nursery.retire()
@@ -81,6 +83,10 @@ class Nurseries:
             except (OSError, NurseryError) as exc:
                 log.warning("no fork server for generation %d (%s); its processes are spawned", generation, exc)
                 return None
+            for name, reason in failed.items():
+                # What is wrong with the others the worker that needs them says better.
+                if name in self._asked:
+                    log.warning("cannot preload %s: %s", name, reason)
             context = self._contexts[generation] = NurseryContext(nursery)
             return context
 

@@ -16,7 +16,7 @@ How it differs from multiprocessing's fork server, whose classes it builds on
 Protocol
     The parent sends one byte with the descriptors of a new child: the pipe with its orders, the pipe for its status, the resource
     tracker's, and those that it inherits.  The status pipe gives the process id, and at the end the exit code.
-    The server says :data:`READY` when it has imported.  It ends when the parent's end of the socket is closed (so also when the parent
+    The server says when it has imported, and what it could not import: one line of JSON, name -> reason.  It ends when the parent's end of the socket is closed (so also when the parent
     is gone) and its last child has ended.
 """
 
@@ -27,6 +27,7 @@ import contextlib
 import gc
 import importlib
 import io
+import json
 import multiprocessing.context
 import multiprocessing.process
 import os
@@ -42,10 +43,10 @@ from multiprocessing.popen_forkserver import Popen
 from typing import Any
 
 from ..fork import keep_from_children
+from .worker import describe_error
 
 __all__ = ("Nursery", "NurseryError", "NurseryContext")
 
-READY = b"R"
 #: Process id and 0, or exit code (minus a signal's number) and whether there is a core dump.
 _STATUS = struct.Struct("=qq")
 #: What SCM_RIGHTS takes at once.
@@ -93,26 +94,35 @@ class Nursery:
     def __repr__(self) -> str:
         return f"<Nursery pid={self.pid}>"
 
-    async def wait_ready(self) -> None:
+    async def wait_ready(self) -> dict[str, str]:
         """Wait until it has imported all.
 
+        :returns: what it could not import, and why.
         :raises NurseryError: it ended before.
         """
         assert self._sock is not None
         loop = asyncio.get_running_loop()
         readable = asyncio.Event()
         fd = self._sock.fileno()
+        answer = b""
         loop.add_reader(fd, readable.set)
         try:
-            await readable.wait()
+            while not answer.endswith(b"\n"):
+                await readable.wait()
+                readable.clear()
+                try:
+                    data = self._sock.recv(65536, socket.MSG_DONTWAIT)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    data = b""
+                if not data:
+                    raise NurseryError("the fork server ended while it was starting")
+                answer += data
         finally:
             loop.remove_reader(fd)
-        try:
-            answer = self._sock.recv(1)
-        except OSError:
-            answer = b""
-        if answer != READY:
-            raise NurseryError("the fork server ended while it was starting")
+        failed: dict[str, str] = json.loads(answer)
+        return failed
 
     @property
     def alive(self) -> bool:
@@ -281,10 +291,12 @@ def serve(fd: int, preload: Sequence[str]) -> None:
     os.set_inheritable(fd, False)
     deaf_to = [getattr(signal, name) for name in _DEAF_TO if hasattr(signal, name)]
     handlers = {signum: signal.signal(signum, signal.SIG_IGN) for signum in deaf_to}
+    failed = {}
     for name in preload:
-        # What is wrong with it the worker that needs it says better.
-        with contextlib.suppress(Exception):
+        try:
             importlib.import_module(name)
+        except Exception as exc:
+            failed[name] = describe_error(exc)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.flush()
@@ -297,7 +309,7 @@ def serve(fd: int, preload: Sequence[str]) -> None:
     handlers[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda signum, frame: None)
     children: dict[int, int] = {}  # process id -> status pipe
     with contextlib.suppress(OSError):
-        sock.sendall(READY)
+        sock.sendall(json.dumps(failed).encode() + b"\n")
     with selectors.DefaultSelector() as selector:
         selector.register(sock, selectors.EVENT_READ)
         selector.register(wakeup_r, selectors.EVENT_READ)

@@ -117,6 +117,9 @@ class ServerOptions:
             _count(name, getattr(self, name), 1)
         for name in ("max_surge", "boot_failure_limit", "backlog"):
             _count(name, getattr(self, name), 1, optional=False)
+        _count("socket_mode", self.socket_mode, 0)
+        if self.socket_mode is not None and self.socket_mode > 0o777:
+            raise ValueError(f"socket_mode must be from 0 to 0o777, not {self.socket_mode:#o}")
         if not 0 <= self.recycle_jitter < 1:
             raise ValueError(f"recycle_jitter must be in [0, 1), not {self.recycle_jitter!r}")
         if self.loop_factory is not None and not (

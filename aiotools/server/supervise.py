@@ -113,7 +113,7 @@ class Supervisor:
         self.sockets = sockets
         self.nurseries: Nurseries | None = None
         if with_nursery:
-            self.nurseries = Nurseries(mp_context, preload_for(worker, options), self.stop_signals)
+            self.nurseries = Nurseries(mp_context, preload_for(worker, options), options.preload, self.stop_signals)
         self.slots: dict[int, Slot] = {}
         self.children: list[Child] = []
         self.report = ServerReport()
@@ -191,6 +191,7 @@ class Supervisor:
         self._started = True
         assert self.loop is not None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.stop_signals)
+        self._check_up()  # without workers nobody else says it
         ticker = self.spawn(self._ticker())
         try:
             if self.run_to_completion:
