@@ -27,6 +27,7 @@ from ._aiotools import (
     closing_async,
     resetting,
 )
+from .utils import _check_limit
 
 __all__ = (
     "AsyncContextGroup",
@@ -128,8 +129,8 @@ class AsyncContextGroup:
             the order of :meth:`add` and back, as :class:`contextlib.AsyncExitStack` does; for managers
             that must be left by the task that entered them.
         rollback_timeout: how many seconds the managers that were entered have to leave again
-            when entering the group fails or is cancelled, before that is cancelled; ``None``: no
-            limit.
+            when entering the group fails or is cancelled, before that is cancelled, which counts as
+            a failure to leave, a :exc:`TimeoutError`; ``None``: no limit.
 
     The block gets a list of the values of all ``__aenter__``, in the order of the managers (or
     a dict).  At its end the list is emptied, and all managers get the exception of the block, if
@@ -163,7 +164,8 @@ class AsyncContextGroup:
     awaited by the caller.
 
     Raises:
-        TypeError: a member is no asynchronous context manager.
+        TypeError: a member is no asynchronous context manager, or *limit* no int, or *rollback_timeout*
+            no number.
         ValueError: *limit* is less than 1, or *rollback_timeout* negative.
         RuntimeError: when entered while it is entered already.
 
@@ -182,11 +184,15 @@ class AsyncContextGroup:
         same_task: bool = False,
         rollback_timeout: float | None = None,
     ) -> None:
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be None or at least 1, not {limit!r}")
-        # The negation is there for NaN.
-        if rollback_timeout is not None and not rollback_timeout >= 0:
-            raise ValueError(f"rollback_timeout must be None or >= 0, not {rollback_timeout!r}")
+        _check_limit(limit)
+        if rollback_timeout is not None:
+            if not isinstance(rollback_timeout, (int, float)):
+                raise TypeError(
+                    f"rollback_timeout must be a number of seconds or None, not {type(rollback_timeout).__name__!r}"
+                )
+            # The negation is there for NaN.
+            if not rollback_timeout >= 0:
+                raise ValueError(f"rollback_timeout must be None or >= 0, not {rollback_timeout!r}")
         self._strict = strict
         self._limit = sys.maxsize if limit is None else limit
         self._sequential_exit = sequential_exit
@@ -381,8 +387,8 @@ class AsyncContextGroup:
         """Leave what was entered; raises if there is something else to raise than *exc*."""
         places = [place for place, status in enumerate(self._statuses) if status == _RETURNED]
         info = (type(exc), exc, exc.__traceback__)
-        raised, stop = await self._leave(places, info, rollback=True)
-        failures = self._failures(raised, exc) if self._strict else []
+        raised, stop, is_late = await self._leave(places, info, rollback=True)
+        failures = self._failures(raised, exc, stop, is_late) if self._strict else []
         group: BaseExceptionGroup[BaseException] | None = None
         try:
             if isinstance(exc, BaseExceptionGroup) and failures:
@@ -423,14 +429,14 @@ class AsyncContextGroup:
         try:
             info = (exc_type, exc, traceback)
             if self._same_task or self._sequential_exit or self._levels:
-                raised, stop = await self._leave(places, info, rollback=False)
+                raised, stop, _ = await self._leave(places, info, rollback=False)
             else:
                 self._exit_states[:] = [None] * len(self._managers)
                 raised = []
                 stop = await self._leave_batch(places, info, raised, False, None)
         finally:
             self._entered = False
-        failures = self._failures(raised, exc) if self._strict else []
+        failures = self._failures(raised, exc, stop) if self._strict else []
         group = BaseExceptionGroup("context managers of the group failed to leave", failures) if failures else None
         try:
             if stop is not None:
@@ -447,21 +453,38 @@ class AsyncContextGroup:
             del exc, traceback, info, stop, failures, group
         return False
 
-    def _failures(self, raised: list[int], exc: BaseException | None) -> list[BaseException]:
-        # One that raises the block's exception again has passed it on.
-        return [
-            state
-            for place in sorted(raised)
-            if (state := self._exit_states[place]) is not exc and not isinstance(state, asyncio.CancelledError)
-        ]
+    def _failures(
+        self, raised: list[int], exc: BaseException | None, stop: BaseException | None, is_late: bool = False
+    ) -> list[BaseException]:
+        failures: list[BaseException] = []
+        for place in sorted(raised):
+            state = self._exit_states[place]
+            if state is exc:
+                # One that raises the block's exception again has passed it on.
+                continue
+            if isinstance(state, asyncio.CancelledError):
+                if is_late:
+                    late = TimeoutError(f"{self._name(place)} did not leave within {self._rollback_timeout:g} seconds")
+                    late.__cause__ = state
+                    failures.append(late)
+                    continue
+                if stop is not None or isinstance(exc, asyncio.CancelledError):
+                    # The caller's cancellation was passed on to it.
+                    continue
+            failures.append(state)
+        return failures
+
+    def _name(self, place: int) -> str:
+        name = place if self._keys is None else self._keys[place]
+        return f"context manager {name!r} ({type(self._managers[place]).__qualname__})"
 
     async def _leave(
         self, places: list[int], info: _ExcInfo, *, rollback: bool
-    ) -> tuple[list[int], BaseException | None]:
+    ) -> tuple[list[int], BaseException | None, bool]:
         """Leave these managers, whatever happens.
 
-        Returns the places of those that raised, and what has to be raised now: a cancellation of
-        the caller, or a base error.
+        Returns the places of those that raised; what has to be raised now: a cancellation of the
+        caller, or a base error; and whether the time for rolling back was not enough.
         """
         self._exit_states[:] = [None] * len(self._managers)
         if self._same_task or self._sequential_exit:
@@ -488,7 +511,7 @@ class AsyncContextGroup:
         finally:
             if timer is not None:
                 timer.cancel()
-        return raised, stop
+        return raised, stop, abort is not None and abort.is_due
 
     async def _leave_batch(
         self,

@@ -605,6 +605,13 @@ class TestStrict:
         assert info.value.__context__ is None
         assert group.exit_states() == [*errors, True]
 
+    async def test_one_that_is_cancelled_by_itself_when_it_leaves_has_failed(self, ledger, turns):
+        error = asyncio.CancelledError("its own")
+        with pytest.raises(BaseExceptionGroup, match="failed to leave") as info:
+            async with AsyncContextGroup([ledger(0), ledger(1, turns=turns, exit=error)], strict=True):
+                pass
+        assert info.value.exceptions == (error,) and asyncio.current_task().cancelling() == 0
+
     async def test_failures_to_leave_have_the_error_of_the_block_as_context(self, ledger):
         block = KeyError("block")
         with pytest.raises(ExceptionGroup) as info:
@@ -658,20 +665,25 @@ class TestStrict:
             ):
                 pass
         assert ledger.names("interrupted") == [0]
-        assert [type(exc) for exc in info.value.exceptions] == [Error]
+        assert [type(exc) for exc in info.value.exceptions] == [Error, TimeoutError]
+        assert str(info.value.exceptions[1]) == "context manager 0 (Manager) did not leave within 0.01 seconds"
+        assert isinstance(info.value.exceptions[1].__cause__, asyncio.CancelledError)
 
     async def test_a_timeout_also_bounds_what_is_left_one_by_one(self, ledger):
         never = asyncio.Event()
         managers = [ledger(n, hang=never) for n in range(3)]
-        with pytest.raises(ExceptionGroup):
+        with pytest.raises(ExceptionGroup) as info:
             async with AsyncContextGroup(
-                [*managers, ledger(3, enter=Error())],
+                {**dict(zip("abc", managers, strict=True)), "d": ledger(3, enter=Error())},
                 strict=True,
                 sequential_exit=True,
                 rollback_timeout=0.01,
             ):
                 pass
         assert ledger.names("interrupted") == [2, 1, 0]
+        assert [str(exc).split(" did")[0] for exc in info.value.exceptions[1:]] == [
+            f"context manager {key!r} (Manager)" for key in "abc"
+        ]
 
     async def test_cancellation_does_not_interrupt_rolling_back(self, ledger):
         release, rolling = asyncio.Event(), asyncio.Event()
@@ -761,7 +773,7 @@ class TestSameTask:
 
     async def test_rolling_back_ends_at_its_timeout(self, ledger):
         never = asyncio.Event()
-        with pytest.raises(ExceptionGroup):
+        with pytest.raises(ExceptionGroup) as info:
             async with AsyncContextGroup(
                 [ledger(0, hang=never), ledger(1, hang=never), ledger(2, enter=Error())],
                 same_task=True,
@@ -770,6 +782,7 @@ class TestSameTask:
             ):
                 pass
         assert ledger.names("interrupted") == [1, 0]
+        assert [type(exc) for exc in info.value.exceptions] == [Error, TimeoutError, TimeoutError]
         assert asyncio.current_task().cancelling() == 0
 
 
@@ -1062,6 +1075,11 @@ class TestOddities:
     )
     def test_refuses_numbers_that_make_no_sense(self, options):
         with pytest.raises(ValueError, match=next(iter(options))):
+            AsyncContextGroup(**options)
+
+    @pytest.mark.parametrize("options", [{"limit": "2"}, {"limit": 1.5}, {"limit": True}, {"rollback_timeout": "1"}])
+    def test_refuses_what_is_no_number(self, options):
+        with pytest.raises(TypeError, match=next(iter(options))):
             AsyncContextGroup(**options)
 
     @pytest.mark.loop_kinds("default", "uvloop", "debug", reason="its factory stands in for the eager one")
