@@ -28,6 +28,16 @@ _ASK_HANG = 2
 #: Frames of the loop's thread that tell where it is.
 _WHERE_FRAMES = 3
 
+#: The threads of these must have ended before the interpreter does. One function for all of them: without the GIL,
+#: atexit.register() and unregister() are not to be called by several threads at once (CPython 3.13).
+_running: set[_Watchdog] = set()
+
+
+@atexit.register
+def _stop_all_at_exit() -> None:
+    for core in _running.copy():
+        core.stop()
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopStats:
@@ -178,7 +188,6 @@ class LoopWatchdog:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._handle: asyncio.TimerHandle | None = None
         self._thread = 0
-        self._atexit: Any = None
         self._where: str | None = None
         self._hung = False
         self._longest = 0.0
@@ -216,9 +225,7 @@ class LoopWatchdog:
             self._remove_signal()
             raise
         self._core = core
-        # Its threads must have ended before the interpreter does.
-        self._atexit = core.stop
-        atexit.register(self._atexit)
+        _running.add(core)
         self._handle = loop.call_later(self._interval, self._beat)
         return self
 
@@ -227,11 +234,9 @@ class LoopWatchdog:
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
-        if self._atexit is not None:
-            atexit.unregister(self._atexit)
-            self._atexit = None
         if self._core is not None:
             self._core.stop()
+            _running.discard(self._core)
         self._remove_signal()
 
     def __enter__(self) -> Self:
