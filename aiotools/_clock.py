@@ -113,7 +113,7 @@ class VirtualClock(_Clock):
         if not isinstance(seconds, (int, float)):
             try:
                 seconds = float(seconds)
-            except ValueError:
+            except (TypeError, ValueError):
                 raise TypeError(f"seconds must be a number, not {type(seconds).__name__!r}") from None
         if not math.isfinite(seconds) or seconds < 0:
             raise ValueError(f"seconds must be finite and not negative, not {seconds!r}")
@@ -158,6 +158,10 @@ class _Stack:
         self.selector: Any = None
         # What asyncio armed before, which stays in real time: a heap of its handles.
         self.before: list[asyncio.TimerHandle] = []
+        try:
+            loop.time(), loop.get_debug()
+        except NotImplementedError:
+            raise RuntimeError(f"VirtualClock cannot work on {_class_name(loop)}: it has no clock") from None
         if isinstance(loop, asyncio.BaseEventLoop):
             self.selector = getattr(loop, "_selector", None)
         if callable(getattr(self.selector, "select", None)):

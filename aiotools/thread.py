@@ -163,10 +163,18 @@ def _new_signal() -> concurrent.futures.Future[None]:
     return signal
 
 
-def _check_timeout(timeout: float | None) -> None:
+def _check_timeout(timeout: float | None) -> float | None:
+    """What is to be waited for: None for what is longer than a thread can wait, infinity for instance."""
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)):
+        raise TypeError(
+            f"timeout must be None or a number of seconds, not {type(timeout).__name__!r}"
+        )
     # The negation is there for NaN.
-    if timeout is not None and not timeout >= 0:
+    if not timeout >= 0:
         raise ValueError(f"timeout must be None or a number of seconds >= 0, not {timeout!r}")
+    return timeout if timeout <= threading.TIMEOUT_MAX else None
 
 
 class LoopThread:
@@ -391,7 +399,7 @@ class LoopThread:
         if not asyncio.iscoroutine(coro):
             raise TypeError(f"run() needs a coroutine, not {type(coro).__name__!r}")
         try:
-            _check_timeout(timeout)
+            timeout = _check_timeout(timeout)
             self._refuse_in_own_thread("run()")
         except BaseException:
             coro.close()
@@ -564,7 +572,7 @@ class LoopThread:
             RuntimeError: this is the thread of the loop.
             ValueError: *timeout* is negative.
         """
-        _check_timeout(timeout)
+        timeout = _check_timeout(timeout)
         self._refuse_in_own_thread("stop()")
         if self._request_stop(drain=drain, timeout=timeout):
             self._thread.join()
@@ -575,7 +583,7 @@ class LoopThread:
         If the caller is cancelled, the work is cancelled at once; the caller's
         :exc:`~asyncio.CancelledError` is raised when the thread has ended.
         """
-        _check_timeout(timeout)
+        timeout = _check_timeout(timeout)
         self._refuse_in_own_thread("astop()")
         if not self._request_stop(drain=drain, timeout=timeout):
             return

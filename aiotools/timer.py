@@ -3,6 +3,7 @@
 import asyncio
 import contextvars
 import enum
+import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
@@ -98,6 +99,10 @@ def create_timer(
         if overlap is not None and overlap != "cancel":
             raise ValueError(f"overlap={overlap!r} contradicts delay_policy={delay_policy}")
         overlap = "cancel"
+    if inspect.iscoroutinefunction(on_error):
+        raise TypeError("on_error must be an ordinary callable, not a coroutine function")
+    if inspect.iscoroutinefunction(jitter):
+        raise TypeError("jitter must be a number of seconds or an ordinary callable, not a coroutine function")
     lease = None
     if singleton is not None:
         from .server.singleton import lease as new_lease

@@ -1260,3 +1260,23 @@ def test_the_pattern_of_the_documentation_works_in_a_plain_test():
         return clock.vtime
 
     assert asyncio.run(main()) == 86400
+
+
+class TestWhatAcceptanceFound:
+    async def test_advance_names_the_type_that_is_no_number(self):
+        clock = VirtualClock()
+        with clock.patch_loop():
+            for value in (None, "x", []):
+                with pytest.raises(TypeError, match=f"seconds must be a number, not '{type(value).__name__}'"):
+                    clock.advance(value)
+
+    def test_a_loop_without_a_clock_is_refused_by_name(self):
+        class Bare(asyncio.AbstractEventLoop):
+            pass
+
+        asyncio._set_running_loop(Bare())
+        try:
+            with pytest.raises(RuntimeError, match=r"VirtualClock cannot work on .*Bare"):
+                VirtualClock().patch_loop().__enter__()
+        finally:
+            asyncio._set_running_loop(None)

@@ -1179,3 +1179,16 @@ class TestMethods:
         assert await functools.partial(f, 1)(2) == (1, 2)
         assert await lru_cache(functools.partial(f, 1))(3) == (1, 3)
         assert f.cache_info().currsize == 2
+
+
+async def test_a_stop_iteration_from_weight_is_not_taken_for_the_result():
+    def weight(result):
+        raise StopIteration("other")
+
+    @aiotools.lru_cache(weight=weight, max_weight=10)
+    async def f():
+        return "result"
+
+    for awaitable in (f(), asyncio.ensure_future(f())):
+        with pytest.raises(RuntimeError, match="StopIteration"):
+            await awaitable

@@ -439,6 +439,21 @@ class TestWork:
         with pytest.raises(TypeError, match="run\\(\\) needs a coroutine, not 'function'"):
             lt.run(value_of)
 
+    @pytest.mark.parametrize("timeout", [float("inf"), 1e300])
+    @with_lt
+    def test_a_timeout_longer_than_any_thread_can_wait_is_no_limit(self, lt, timeout):
+        assert lt.run(value_of(1), timeout=timeout) == 1
+        future = lt.submit(value_of(2))
+        lt.stop(timeout=timeout)
+        assert future.result(0) == 2
+
+    @with_lt
+    def test_refuses_a_timeout_that_is_no_number(self, lt):
+        with pytest.raises(TypeError, match="timeout must be None or a number of seconds, not 'str'"):
+            lt.run(value_of(1), timeout="1")
+        with pytest.raises(TypeError, match="timeout must be None or a number of seconds, not 'str'"):
+            lt.stop(timeout="1")
+
     @pytest.mark.parametrize("timeout", [-1, float("nan")])
     @with_lt
     def test_refuses_a_timeout_that_is_no_time(self, lt, timeout):

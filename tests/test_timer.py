@@ -1983,3 +1983,71 @@ class TestBadTimes:
         finally:
             gc.set_threshold(*threshold)
         loop_errors.take()
+
+
+class TestWhatAcceptanceFound:
+    async def test_a_stop_iteration_from_jitter_ends_the_timer_with_a_runtime_error(self):
+        """It would be taken for the end of the coroutine, or, on 3.11, leave the task pending for ever."""
+
+        def jitter():
+            raise StopIteration(1)
+
+        tick, times = counting()
+        timer = create_timer(tick, 60, jitter=jitter)
+        with pytest.raises(RuntimeError, match="StopIteration") as info:
+            await timer
+        assert isinstance(info.value.__cause__, StopIteration)
+        assert times == []
+
+    async def test_jitter_is_asked_once_for_each_tick_of_a_limit(self):
+        asked = iter([0.0, 0.25, 0.5])
+        with aiotools.VirtualClock().patch_loop() as clock:
+            tick, times = counting()
+            await create_timer(tick, 1.0, jitter=lambda: next(asked), limit=3)
+            assert times == [0.0, 1.25, 2.5]
+            assert clock.vtime == 2.5
+        assert list(asked) == []
+
+    @pytest.mark.parametrize("overlap", ["skip", "queue", 1])
+    async def test_jitter_is_asked_again_after_a_tick_that_had_no_room(self, overlap):
+        asked = []
+
+        def jitter():
+            asked.append(None)
+            return 0.0
+
+        async def tick(interval):
+            await asyncio.sleep(1.5)
+
+        with aiotools.VirtualClock().patch_loop():
+            await create_timer(tick, 1.0, jitter=jitter, limit=2, overlap=overlap)
+        assert len(asked) >= 2
+
+    async def test_the_last_tick_of_a_limit_may_ask_for_what_cannot_come_any_more(self):
+        done = []
+
+        async def tick(interval):
+            timer.reschedule(5)
+            timer.pause()
+            timer.resume()
+            timer.trigger()
+            with pytest.raises(ValueError, match="interval"):
+                timer.reschedule(float("nan"))
+            done.append(interval)
+
+        with aiotools.VirtualClock().patch_loop():
+            timer = create_timer(tick, 1.0, limit=1)
+            assert await timer is None
+        assert done == [1.0] and timer.next_due is None
+        assert timer.stats().ticks == 1 and timer.stats().errors == 0
+        with pytest.raises(RuntimeError, match="the timer has ended"):
+            timer.reschedule(1)
+
+    @pytest.mark.parametrize("name", ["on_error", "jitter"])
+    async def test_a_coroutine_function_is_refused_where_an_ordinary_callable_is_needed(self, name):
+        async def never(*args):
+            raise AssertionError
+
+        tick, _ = counting()
+        with pytest.raises(TypeError, match=f"{name} must be .*not a coroutine function"):
+            create_timer(tick, 1.0, **{name: never})

@@ -191,6 +191,28 @@ awaitable_not_usable(aiot_awaitable *self)
     return 0;
 }
 
+/* As PEP 479 rules for coroutines: a StopIteration that leaves one would be taken for its result. */
+static void
+awaitable_replace_stop_iteration(aiot_awaitable *self)
+{
+    PyObject *stop = PyErr_GetRaisedException();
+    PyErr_Format(PyExc_RuntimeError, "%s() raised StopIteration", awaitable_name(self));
+    PyObject *exc = PyErr_GetRaisedException();
+    PyException_SetContext(exc, Py_NewRef(stop));
+    PyException_SetCause(exc, stop);
+    PyErr_SetRaisedException(exc);
+}
+
+/* After a step. */
+static inline void
+awaitable_settle(aiot_awaitable *self, PySendResult answer)
+{
+    self->phase = answer == PYGEN_NEXT ? AIOT_SUSPENDED : AIOT_FINISHED;
+    if (AIOT_UNLIKELY(answer == PYGEN_ERROR) && PyErr_ExceptionMatches(PyExc_StopIteration)) {
+        awaitable_replace_stop_iteration(self);
+    }
+}
+
 static PySendResult
 awaitable_send_lock_held(aiot_awaitable *self, PyObject *value, PyObject **result)
 {
@@ -211,7 +233,7 @@ awaitable_send_lock_held(aiot_awaitable *self, PyObject *value, PyObject **resul
         self->phase = AIOT_RUNNING;
         answer = self->ops->start(self, result);
     }
-    self->phase = answer == PYGEN_NEXT ? AIOT_SUSPENDED : AIOT_FINISHED;
+    awaitable_settle(self, answer);
     return answer;
 }
 
@@ -365,7 +387,7 @@ awaitable_throw_lock_held(aiot_awaitable *self, PyObject *exc, PyObject **result
         }
         PyErr_SetRaisedException(Py_NewRef(exc));
     }
-    self->phase = answer == PYGEN_NEXT ? AIOT_SUSPENDED : AIOT_FINISHED;
+    awaitable_settle(self, answer);
     return answer;
 }
 

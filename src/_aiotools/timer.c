@@ -320,6 +320,22 @@ run_plan(RunObject *self, double k)
     return run_arm(self);
 }
 
+/* The same, once a tick is about to start that may be the last one: then jitter isn't asked for more. */
+static int
+run_plan_next(RunObject *self, double k)
+{
+    if (self->limit == 0 || self->started + 1 < self->limit
+        || (self->overlap == OVERLAP_QUEUE && run_is_live(self))
+        || (self->overlap == OVERLAP_AT_MOST && self->n_ticks + (self->fresh != NULL) >= self->most))
+    {
+        return run_plan(self, k);
+    }
+    self->changes++;
+    self->k = k;
+    self->planned = run_due_time(self, k);
+    return run_arm(self);
+}
+
 /* The first k, not before `from`, that is due at when or later. */
 static double
 run_first_k_at(RunObject *self, double from, double when)
@@ -1033,7 +1049,7 @@ run_tick_due(RunObject *self, double now)
     if (any) {
         self->last_k = next - 1;
     }
-    if (run_plan(self, next) < 0) {
+    if ((any ? run_plan_next(self, next) : run_plan(self, next)) < 0) {
         return -1;
     }
     if (self->catch_up && self->planned <= now && !self->paused && self->stage == TIMER_TICKING) {
@@ -1578,11 +1594,13 @@ run_check_loop(RunObject *self)
     return wrong == 0 ? 0 : -1;
 }
 
-/* Ticking, or about to; else RuntimeError. */
+/* Ticking, about to, or waiting for the last tick, which may well ask for something; else RuntimeError. */
 static int
 run_check_usable(RunObject *self)
 {
-    if (self->phase == AIOT_FINISHED || (self->stage != TIMER_NEW && !run_may_tick(self))) {
+    if (self->phase == AIOT_FINISHED
+        || (self->stage != TIMER_NEW && self->stage != TIMER_LAST && !run_may_tick(self)))
+    {
         PyErr_SetString(PyExc_RuntimeError, "the timer has ended");
         return -1;
     }
@@ -1683,6 +1701,9 @@ run_reschedule(RunObject *self, PyObject *arg)
     self->base = now;
     self->last_k = -1;
     self->fails = 0;
+    if (self->stage == TIMER_LAST) {
+        return 0;
+    }
     if (interval > 0) {
         return run_plan_from_outside(self, 0);
     }
@@ -1740,7 +1761,7 @@ run_unpause(RunObject *self, PyObject *Py_UNUSED(arg))
     }
     self->paused = false;
     self->changes++;
-    if (self->stage == TIMER_NEW) {
+    if (self->stage != TIMER_TICKING) {
         return 0;
     }
     double now;
@@ -1768,6 +1789,9 @@ Timer_resume(PyObject *op, PyObject *Py_UNUSED(ignored))
 static int
 run_trigger(RunObject *self, PyObject *Py_UNUSED(arg))
 {
+    if (self->stage == TIMER_LAST) {
+        return 0;
+    }
     self->triggers++;
     if (self->stage == TIMER_NEW || aiot_turn_ask(self->loop, &self->turn) == 0) {
         return 0;
@@ -1780,8 +1804,9 @@ PyDoc_STRVAR(trigger_doc,
 "trigger($self, /)\n--\n\n"
 "Have one more tick started in the next iteration of the loop, out of the schedule.\n\n"
 "The schedule is not changed by it; overlap and limit apply to it as to all\n"
-"ticks; a paused timer can be triggered too. Each call asks for one tick.\n"
-"Raises RuntimeError when the timer has ended.");
+"ticks; a paused timer can be triggered too. Each call asks for one tick; once\n"
+"the last one of limit has started, it does nothing. Raises RuntimeError when\n"
+"the timer has ended.");
 
 static PyObject *
 Timer_trigger(PyObject *op, PyObject *Py_UNUSED(ignored))
