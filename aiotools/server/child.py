@@ -78,6 +78,7 @@ class Child:
         self.handle: Any = None
         self.channel: Channel | None = None
         self.reason: str | None = None
+        self.recycling = False  # is to be replaced because it has reached a limit
         self.failure: str | None = None
         self.status: str | None = None
         self.started = time.monotonic()
@@ -86,6 +87,7 @@ class Child:
         self.record = WorkerRecord(self.index, self.role, self.kind, generation, started=time.time())
         self.dump: Any = None
         self.stacks = bytearray()
+        self.start: asyncio.Task[None] | None = None  # ends when there is a handle
         self.watch: asyncio.Task[None] | None = None  # waits for its end
         self._timers: list[asyncio.TimerHandle] = []
         self._settled = asyncio.Event()  # READY or GONE
@@ -189,10 +191,14 @@ class Child:
 
     def kill(self, reason: str) -> None:
         """Kill it; a thread is given up."""
-        if not self.alive:
+        if self.state is State.GONE:
             return
         self.record.reason = self.record.reason or reason
-        if isinstance(self.handle, ThreadHandle):
+        if self.handle is None:
+            # Only who starts it holds it, and kills it when cancelled.
+            if self.start is not None:
+                self.start.cancel()
+        elif isinstance(self.handle, ThreadHandle):
             self.handle.kill()
         else:
             with contextlib.suppress(OSError):

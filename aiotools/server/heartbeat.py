@@ -73,7 +73,7 @@ class Heartbeat(ServerPlugin):
         self._looked = now
         for child in list(sup.children):
             words = self._board.words(child)
-            if words is None or child in self._hung or not words[BEAT]:
+            if words is None or child in self._hung or not child.alive or not words[BEAT]:
                 continue
             if child.ready_at is None and sup.options.start_timeout is not None:
                 continue

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..fork import print_exception, start_child
-from .worker import WorkerSpec, run_child
+from .worker import WorkerSpec, blocked_at_start, run_child
 
 __all__ = ("InterpreterHandle", "ThreadHandle", "start_process", "start_thread")
 
@@ -35,7 +35,10 @@ async def start_process(spec: WorkerSpec, mp_context: Any) -> Any:
     name = f"{spec.role}-{spec.index}"
     try:
         return await start_child(
-            functools.partial(run_child, spec), mp_context=mp_context, block=spec.stop_signals, name=name
+            functools.partial(run_child, spec),
+            mp_context=mp_context,
+            block=blocked_at_start(spec.stop_signals, spec.managed),
+            name=name,
         )
     except (pickle.PicklingError, AttributeError, TypeError) as exc:
         # The latter two are what pickle says of local objects and of those that have no way to be pickled.

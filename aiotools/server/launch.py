@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.machinery
 import logging
 import random
@@ -19,7 +20,7 @@ from .worker import DUMP_SIGNAL, WorkerSpec, describe_error, import_afresh, impo
 if TYPE_CHECKING:
     from .supervise import Supervisor
 
-__all__ = ("START_ERRORS", "Launcher", "preload_for")
+__all__ = ("START_ERRORS", "Launcher", "StartAborted", "preload_for")
 
 log = logging.getLogger(__package__)
 
@@ -28,8 +29,12 @@ class TargetError(RuntimeError):
     """The code of thread workers could not be imported."""
 
 
-#: What Launcher.start() raises for a child that could not be had, as opposed to misuse.
-START_ERRORS = (ChildStartError, TargetError)
+class StartAborted(RuntimeError):
+    """A child was killed while it was being started."""
+
+
+#: What Supervisor.start_child() raises for a child that could not be had, as opposed to misuse.
+START_ERRORS = (ChildStartError, TargetError, StartAborted)
 
 
 class Launcher:
@@ -40,13 +45,12 @@ class Launcher:
         self._thread_targets: dict[int, Any] = {}
         self._gil_warned = False
 
-    async def start(self, slot: Slot, generation: int, *, successor: bool = False) -> Child:
-        """Start a child in *slot*; it is up, but not ready, on return."""
+    def begin(self, slot: Slot, generation: int, *, successor: bool = False) -> Child:
+        """Begin to start a child in *slot*; the task ``start`` of what is returned says when it is up, or why it is not."""
         sup = self._sup
         assert sup.loop is not None
         child = Child(sup, slot, generation)
         slot.serial += 1
-        theirs: socket.socket | None
         ours, theirs = socket.socketpair()
         child.channel = Channel(keep_from_children(ours))
         dump_w = None
@@ -59,42 +63,59 @@ class Launcher:
                 slot.successor = child
             else:
                 slot.current = child
-            # From here on it hears what all are told: messages wait in the channel until it listens.
+            # From here on it is told what all are told: messages wait in the channel until it listens.
             sup.children.append(child)
-            child.channel.attach(sup.loop, lambda message: sup.on_message(child, message))
+            sup.report.add(child.record)
             sup.child_event(child, "starting")
-            if child.kind == "process":
-                if sup.nurseries is not None:
-                    child.handle = await sup.nurseries.start(spec)
-                else:
-                    child.handle = await start_process(spec, sup.mp_context)
-            elif child.kind == "thread":
-                spec.sockets = [s.dup() for s in spec.sockets]
-                child.handle = ThreadHandle(spec, lambda: run_child(spec))
-                theirs = None
-            else:
-                child.handle = InterpreterHandle(spec)
-                theirs = None
         except BaseException:
-            if slot.successor is child:
-                slot.successor = None
-            if slot.current is child:
-                slot.current = None
-            if child in sup.children:
-                sup.children.remove(child)
-            child.never_started()
-            raise
-        finally:
-            if theirs is not None:
-                theirs.close()
+            theirs.close()
             if dump_w is not None:
                 dump_w.close()
+            self._not_started(child)
+            raise
+        # Not among the tasks that a stop cancels: it is told to stop when it is up.
+        child.start = sup.loop.create_task(self._start(child, spec))
+        child.start.add_done_callback(lambda task: self._done(child, spec, task))
+        return child
+
+    async def _start(self, child: Child, spec: WorkerSpec) -> None:
+        sup = self._sup
+        if child.kind == "process":
+            if sup.nurseries is not None:
+                child.handle = await sup.nurseries.start(spec)
+            else:
+                child.handle = await start_process(spec, sup.mp_context)
+        elif child.kind == "thread":
+            spec.sockets = [s.dup() for s in spec.sockets]
+            child.handle = ThreadHandle(spec, lambda: run_child(spec))
+        else:
+            child.handle = InterpreterHandle(spec)
+        _close_theirs(child, spec)
         child.record.pid = child.handle.pid
         if child.dump is not None:
             child.watch_stacks()
         if sup.options.start_timeout is not None:
             child.call_later(sup.options.start_timeout, child.start_timed_out)
-        return child
+        # Not before: whoever hears what it says finds the process that says it.
+        sup.child_started(child)
+
+    def _done(self, child: Child, spec: WorkerSpec, task: asyncio.Task[None]) -> None:
+        if child.handle is None:  # it failed, or was cancelled, perhaps before its first step
+            _close_theirs(child, spec)
+            self._not_started(child)
+        if not task.cancelled():
+            task.exception()  # who asked for the child may be gone
+
+    def _not_started(self, child: Child) -> None:
+        slot = child.slot
+        if slot.successor is child:
+            slot.successor = None
+        if slot.current is child:
+            slot.current = None
+        if child in self._sup.children:
+            self._sup.children.remove(child)
+            self._sup.report.discard(child.record)
+        child.never_started()
 
     def _spec_for(self, child: Child, channel: socket.socket, dump: Any) -> WorkerSpec:
         sup = self._sup
@@ -160,6 +181,14 @@ class Launcher:
             "the GIL is enabled, so thread workers do not run in parallel; one of these extension modules needs it: %s",
             ", ".join(foreign_extensions()) or "(unknown)",
         )
+
+
+def _close_theirs(child: Child, spec: WorkerSpec) -> None:
+    """Close what the child has a copy of."""
+    if child.handle is None or child.kind != "thread":
+        spec.channel.close()
+    if spec.dump is not None:
+        spec.dump.close()
 
 
 def gil_came_back() -> bool:

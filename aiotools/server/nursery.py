@@ -37,6 +37,7 @@ import signal
 import socket
 import struct
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing import connection, forkserver, reduction, resource_tracker, spawn, util
 from multiprocessing.popen_forkserver import Popen
@@ -297,6 +298,7 @@ def serve(fd: int, preload: Sequence[str]) -> None:
             importlib.import_module(name)
         except Exception as exc:
             failed[name] = describe_error(exc)
+    traceback.format_exception_only(Exception())  # see import_for_tracebacks()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):
             stream.flush()

@@ -100,6 +100,10 @@ class ServerReport:
                 del self.workers[oldest]
                 self.dropped += 1
 
+    def discard(self, record: WorkerRecord) -> None:
+        """Take *record* out again: its child has never been."""
+        self.workers = [r for r in self.workers if r is not record]
+
 
 class ServerFailed(RuntimeError):
     """The server gave up: a worker could not be kept running.

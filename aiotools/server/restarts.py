@@ -77,12 +77,15 @@ class Restarts:
             if delay:
                 await asyncio.sleep(delay)
             async with slot.replacing:
+                slot.restart = None  # the end of the child that is started now asks for the next
                 if slot.current is None and slot.wanted and sup.stop_signal is None:
                     try:
                         await sup.start_child(slot, sup.generation)
                     except START_ERRORS as exc:
                         failed = str(exc)
         finally:
-            slot.restart = None
+            if slot.restart is asyncio.current_task():
+                slot.restart = None
         if failed is not None:
             self.failed(slot, failed)
+        sup.check_anybody_left()

@@ -15,7 +15,7 @@ import logging
 import random
 from typing import TYPE_CHECKING
 
-from .child import Child, Slot, State
+from .child import Child, Slot
 from .launch import START_ERRORS
 
 if TYPE_CHECKING:
@@ -42,13 +42,18 @@ class Rolling:
 
     # One child
 
-    async def replace(self, slot: Slot, generation: int, reason: str) -> str | None:
+    async def replace(self, slot: Slot, generation: int, reason: str, *, only: Child | None = None) -> str | None:
         """Start a successor in *slot* and, once it is ready, drain the present child.
 
+        With *only*, do nothing if that is not the present child any more, or has been told to stop.
         Returns None, or why the successor could not be had (the present child then stays).
         """
         sup = self._sup
         async with slot.replacing:
+            if only is not None:
+                if slot.current is not only or only.reason is not None:
+                    return None
+                log.info("%s is being %s", only.label, reason)
             if slot.role == "extra" and slot.current is not None:
                 # It may hold something that only one process can hold.
                 await sup.drain(slot.current, reason)
@@ -75,17 +80,20 @@ class Rolling:
 
     def recycle(self, child: Child, why: str) -> None:
         """Replace a worker that has reached a limit."""
-        slot = child.slot
-        if slot.current is not child or child.state is not State.READY or child.reason is not None:
+        if child.recycling or child.reason is not None or self._sup.stop_signal is not None:
             return
-        if self._sup.stop_signal is None and not slot.replacing.locked():
-            self._sup.spawn(self._recycle(child, f"recycled: {why}"))
+        child.recycling = True
+        self._sup.spawn(self._recycle(child, f"recycled: {why}"))
 
     async def _recycle(self, child: Child, reason: str) -> None:
-        log.info("%s is being %s", child.label, reason)
-        failed = await self.replace(child.slot, self._sup.generation, reason)
+        # It asks once, perhaps before it is ready, or while the one before it drains.
+        if not await child.wait_settled():
+            return
+        failed = await self.replace(child.slot, self._sup.generation, reason, only=child)
+        child.recycling = False
         if failed is not None:
             log.error("%s could not be replaced and goes on: %s", child.label, failed)
+        self._sup.check_anybody_left()
 
     def arm_age(self, child: Child) -> None:
         """Recycle a worker that has just become ready when it has reached its age."""
@@ -105,6 +113,8 @@ class Rolling:
 
     async def _restart(self) -> None:
         try:
+            # What has not been started yet has nothing to be replaced.
+            await self._sup.started.wait()
             while True:
                 self.again = False
                 await self._roll()
@@ -168,6 +178,7 @@ class Rolling:
         failed = await self.replace(slot, generation, "reloaded")
         if failed is not None and slot.role == "extra" and self._sup.options.restart != "never":
             self._sup.restarts.failed(slot, failed)  # the old one is gone already
+        self._sup.check_anybody_left()
         return failed
 
     # How many
@@ -198,3 +209,4 @@ class Rolling:
             if slot.current is not None:
                 await self._sup.drain(slot.current, "one worker less")
             self._sup.slots.pop(slot.index, None)
+        self._sup.check_up()

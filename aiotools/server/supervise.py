@@ -47,7 +47,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from .child import Child, Slot, State
-from .launch import START_ERRORS, Launcher, preload_for
+from .launch import START_ERRORS, Launcher, StartAborted, preload_for
 from .nurseries import Nurseries
 from .options import ServerOptions
 from .plugins import ServerPlugin
@@ -56,6 +56,7 @@ from .restarts import Restarts
 from .rolling import Rolling
 from .signals import MANAGEMENT_SIGNALS, default_stop_signal, name_of, signal_of
 from .sockets import ListenSockets
+from .worker import blocked_at_start
 
 __all__ = ("Child", "Slot", "State", "Supervisor")
 
@@ -113,7 +114,8 @@ class Supervisor:
         self.sockets = sockets
         self.nurseries: Nurseries | None = None
         if with_nursery:
-            self.nurseries = Nurseries(mp_context, preload_for(worker, options), options.preload, self.stop_signals)
+            block = blocked_at_start(self.stop_signals, self.managed)
+            self.nurseries = Nurseries(mp_context, preload_for(worker, options), options.preload, block)
         self.slots: dict[int, Slot] = {}
         self.children: list[Child] = []
         self.report = ServerReport()
@@ -129,9 +131,8 @@ class Supervisor:
         self._stop_count = 0
         self._at_once = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._started = False  # all initial children have been
+        self.started = asyncio.Event()  # all initial children have been
         self._up = False
-        self._expected = num_workers + len(self.extras)
         self.launcher = Launcher(self)
         self.restarts = Restarts(self)
         self.rolling = Rolling(self)
@@ -188,16 +189,16 @@ class Supervisor:
             await self._start_initial(slot)
             if self.stop_signal is not None and self.managed:
                 break
-        self._started = True
+        self.started.set()
         assert self.loop is not None
         signal.pthread_sigmask(signal.SIG_UNBLOCK, self.stop_signals)
-        self._check_up()  # without workers nobody else says it
+        self.check_up()  # without workers nobody else says it
         ticker = self.spawn(self._ticker())
         try:
             if self.run_to_completion:
                 await self._wait_all_gone()
             else:
-                self._check_anybody_left()
+                self.check_anybody_left()
                 await self._stop.wait()
         finally:
             ticker.cancel()
@@ -237,7 +238,9 @@ class Supervisor:
 
     async def _start_initial(self, slot: Slot) -> None:
         try:
-            await self.start_child(slot, self.generation)
+            async with slot.replacing:
+                if slot.wanted:  # the verbs are heard already
+                    await self.start_child(slot, self.generation)
         except START_ERRORS as exc:
             if set(self.stop_signals) & {int(s) for s in signal.sigpending()}:
                 return  # the stop that is about to be noticed hit the child before it could mind
@@ -245,9 +248,9 @@ class Supervisor:
                 raise
             self.restarts.failed(slot, str(exc))
 
-    def _check_up(self) -> None:
+    def check_up(self) -> None:
         """Say once that all children are ready."""
-        if self._up or self.stop_signal is not None or len(self.slots) < self._expected:
+        if self._up or self.stop_signal is not None:
             return
         if all(s.current and s.current.state is State.READY for s in self.slots.values()):
             self._up = True
@@ -286,15 +289,15 @@ class Supervisor:
                 return_when=asyncio.FIRST_COMPLETED,
             )
 
-    def _check_anybody_left(self) -> None:
+    def check_anybody_left(self) -> None:
         """Without a living child and with none to come, there is nothing to wait for."""
         if (
             self.children
-            or not self._started
+            or not self.started.is_set()
             or not self.slots
             or self.stop_signal is not None
             or self.run_to_completion
-            or any(s.restart is not None for s in self.slots.values())
+            or any(s.restart is not None or s.replacing.locked() for s in self.slots.values())
         ):
             return
         log.warning("All child processes have terminated; shutting down the main program.")
@@ -410,11 +413,11 @@ class Supervisor:
 
     async def kill_child(self, child: Child, reason: str, *, stacks: bool = False) -> None:
         """Kill a child; with *stacks*, its threads' Python stacks are logged first."""
-        if not child.alive:
+        if child.state is State.GONE:
             return
         if child.reason is None:
             child.reason = reason
-        if stacks:
+        if stacks and child.alive:
             await child.log_stacks()
         child.kill(reason)
 
@@ -423,17 +426,37 @@ class Supervisor:
     async def start_child(self, slot: Slot, generation: int, *, successor: bool = False) -> Child:
         """Start a child in *slot*; it is up, but not ready, on return.
 
-        :raises ChildStartError, TargetError: it could not be had (:data:`START_ERRORS`).
+        Who is cancelled here leaves a child behind that goes on starting, for it may run the user's code
+        already: it is told to stop as all others are, or killed where nobody is.
+
+        :raises ChildStartError, TargetError, StartAborted: it could not be had (:data:`START_ERRORS`).
         """
-        child = await self.launcher.start(slot, generation, successor=successor)
-        self.report.add(child.record)
+        child = self.launcher.begin(slot, generation, successor=successor)
+        assert child.start is not None
+        try:
+            await asyncio.wait([child.start])
+        except asyncio.CancelledError:
+            if self.stop_signal is None:
+                child.reason = "abandoned"
+                child.kill("abandoned")
+            raise
+        if child.start.cancelled():
+            raise StartAborted(f"{child.record.reason} while it was being started")
+        child.start.result()
+        return child
+
+    def child_started(self, child: Child) -> None:
+        """It has a handle; it is heard, and its end is awaited, from now on."""
+        assert self.loop is not None and child.channel is not None
+        child.channel.attach(self.loop, lambda message: self.on_message(child, message))
         # Not among self._tasks: it must see the end also while the server stops.
-        assert self.loop is not None
         child.watch = self.loop.create_task(self._watch_exit(child))
         if self.stop_signal is not None:
             # The stop came while it was being started.
             child.tell_stop(self._signal_for_children(), "stopped")
-        return child
+        elif child.reason is not None:
+            # As above; it has the message, but who runs no loop knows signals only.
+            child.tell_stop(int(default_stop_signal(self.stop_signals)), child.reason)
 
     def on_message(self, child: Child, message: dict[str, Any]) -> None:
         """What a child says; worker.py lists the messages."""
@@ -446,7 +469,7 @@ class Supervisor:
                     child.advance(State.READY)
                     self.rolling.arm_age(child)
                     self.launcher.check_gil(child)
-                    self._check_up()
+                    self.check_up()
                 else:
                     child.advance(State.DRAINING)
             child.settle()
@@ -489,7 +512,7 @@ class Supervisor:
             self.slots.pop(slot.index, None)
         elif child.reason is None or child.reason.startswith("hung"):
             self.restarts.died_unasked(child)
-        self._check_anybody_left()
+        self.check_anybody_left()
 
     # Verbs
 

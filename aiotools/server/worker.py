@@ -56,7 +56,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -365,6 +365,7 @@ def run_child(spec: WorkerSpec) -> int:
     token = process_index.set(spec.index)
     worker_token = _current.set(worker)
     booted: list[WorkerPlugin] = []
+    import_for_tracebacks()
     try:
         if is_process and spec.managed:
             _prepare_managed(spec)
@@ -392,6 +393,11 @@ def run_child(spec: WorkerSpec) -> int:
         process_index.reset(token)
 
 
+def import_for_tracebacks() -> None:
+    """Have what formats tracebacks imported before the descriptors can run out: 3.15 imports it at its first use."""
+    describe_error(Exception())
+
+
 def has_loop(target: Any) -> bool:
     """Whether an extra process with this function runs an event loop."""
     return inspect.iscoroutinefunction(target) or is_server_context(target)
@@ -407,16 +413,25 @@ def describe_error(exc: BaseException) -> str:
     return text if len(text) <= 1000 else f"{text[:1000]}..."
 
 
+def blocked_at_start(stop_signals: Collection[int], managed: bool) -> tuple[int, ...]:
+    """Signals that a process begins with blocked: until it minds them, their default action would end it."""
+    return tuple({*stop_signals, *(MANAGEMENT_SIGNALS.values() if managed else ())})
+
+
 def _prepare_managed(spec: WorkerSpec) -> None:
     # A signal sent to the whole process group (a terminal's, a service manager's) is for the parent.
-    for signum in MANAGEMENT_SIGNALS.values():
-        if signum not in spec.stop_signals:
+    others = {signum for signum in MANAGEMENT_SIGNALS.values() if signum not in spec.stop_signals}
+    dump = spec.dump is not None and DUMP_SIGNAL in others
+    for signum in others:
+        if not (dump and signum == DUMP_SIGNAL):
             signal.signal(signum, signal.SIG_IGN)
-    if spec.dump is not None and DUMP_SIGNAL is not None and DUMP_SIGNAL not in spec.stop_signals:
+    if dump:
         import faulthandler  # not here for subinterpreters
 
+        assert DUMP_SIGNAL is not None
         os.set_blocking(spec.dump.fileno(), False)  # nobody may read it any more
         faulthandler.register(DUMP_SIGNAL, file=spec.dump.fileno(), all_threads=True)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, others)  # one that has come meanwhile is answered now
 
 
 async def _run_worker(worker: Worker, target: Any) -> None:
