@@ -130,6 +130,13 @@ def nothing_left_fixture():
         pytest.fail("the test left behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
+@pytest.fixture(name="patient_evidence")
+def patient_evidence_fixture(monkeypatch):
+    """A worker that is to be killed gets all the time it needs to show its stacks."""
+    monkeypatch.setattr("aiotools.server.child.DUMP_GRACE", PATIENCE)
+    monkeypatch.setattr("aiotools.server.child.DUMP_PAUSE", 0.2)
+
+
 class Wire:
     """A pipe over which children tell the test what happens, and which tells the test that they are gone.
 

@@ -3,6 +3,7 @@
 import asyncio
 import ctypes
 import os
+import select
 import signal
 
 import aiotools
@@ -20,12 +21,11 @@ async def counting(loop, index, args):
 
 @server_context
 async def stops_turning(loop, index, args):
-    """(wire, how): the first worker of index 0 hangs in its own way; a task of it has a name."""
-    wire, how = args
-    me = current_worker()
+    """(wire, how, go): workers of index 0 hang in their own way until *go* is readable; a task of theirs has a name."""
+    wire, how, go = args
     task = asyncio.create_task(patient_friend(), name="the patient friend")
     wire.send(("enter", index, os.getpid()))
-    if index == 0 and me.serial == 1:
+    if index == 0 and not go.poll():
         loop.call_later(0.02, hang, how)
     try:
         yield
@@ -35,9 +35,9 @@ async def stops_turning(loop, index, args):
 
 @server_context
 async def hangs_until(loop, index, args):
-    """(path): the first one hangs in Python code until that file is there."""
+    """(path): hangs in Python code until that file is there."""
     task = asyncio.create_task(patient_friend(), name="the patient friend")
-    if current_worker().serial == 1:
+    if not os.path.exists(args[0]):
         loop.call_later(0.02, wait_for_file, args[0])
     yield
     task.cancel()
@@ -50,8 +50,8 @@ def wait_for_file(path):
 
 @server_context
 async def holds_the_gil_until(loop, index, args):
-    """(descriptor): the first one is in native code that holds the GIL of its interpreter until that can be read."""
-    if current_worker().serial == 1:
+    """(descriptor): is in native code that holds the GIL of its interpreter until that can be read."""
+    if not select.select([args[0]], [], [], 0)[0]:
         loop.call_soon(read_with_the_gil, args[0])
     yield
 

@@ -53,7 +53,7 @@ class Play:
         self.sup.command(verb)
 
     def end_drain(self):
-        """The time of all children that drain is over: at this point of what they do, and not at one of the clock."""
+        """The time for work of all children that drain is over: at this point of what they do, and not at one of the clock."""
         object.__setattr__(self.sup.options, "drain_timeout", 0.0)
         for child in self.sup.children:
             child.arm_budgets()
@@ -133,6 +133,39 @@ class Recorder(ServerPlugin):
 
     def close(self, sup):
         self.play.events.append("close")
+
+
+class UntilShown(ServerPlugin):
+    """Has children of index 0 hang one after the other until the log says of one what it should, then stops the server.
+
+    A starved process may be judged before it comes to what it is to hang in, or be too slow to say where it is.
+
+    :param caplog: pytest's.
+    :param shown: whether what was logged from the start of a child to its end is what is to be logged.
+    :param release: called once; the children that start afterwards hang no more.
+    """
+
+    #: For the server: who is killed in its first seconds has failed, and more than one may have to be.
+    PATIENT = {"restart": "on-failure", "boot_failure_limit": 50, "backoff": 0.01}
+
+    def __init__(self, caplog, shown, release):
+        self.caplog = caplog
+        self.shown = shown
+        self.release = release
+        self.seen = 0
+        self.record = None  # of the child of which all was said
+
+    def child_event(self, child, event):
+        if child.index != 0:
+            return
+        if event == "gone" and self.record is None:
+            text = self.caplog.text
+            if self.shown(text[self.seen :]):
+                self.record = child.record
+                self.release()
+            self.seen = len(text)
+        elif event == "ready" and self.record is not None:
+            kill(signal.SIGTERM)
 
 
 def kill(signum):

@@ -246,6 +246,24 @@ async def managed(loop, index, args):
     wire.send(("leave", index, me.generation, received, me.stop_reason))
 
 
+class SignalledOnArrival:
+    """A worker that sends its process a signal when it is unpickled there."""
+
+    def __init__(self, signum):
+        self.signum = signum
+
+    def __call__(self, loop, index, args):
+        raise AssertionError("not unpickled")
+
+    def __reduce__(self):
+        return managed_after_signal, (self.signum,)
+
+
+def managed_after_signal(signum):
+    os.kill(os.getpid(), signum)
+    return managed
+
+
 @server_context
 async def counting(loop, index, args):
     """Reports so many finished requests."""
@@ -259,6 +277,13 @@ async def counting(loop, index, args):
 
 
 wire_seen = []
+
+
+@server_context
+async def asks_for_a_successor(loop, index, args):
+    current_worker().request_recycle("at once")
+    yield
+    args[0].send(("leave", index))
 
 
 @server_context
@@ -397,26 +422,22 @@ async def clock_jumps(loop, index, args):
 
 @server_context
 async def hangs(loop, index, args):
-    """(wire, where, go): its loop stands, at first in generation 1 of index 0 only, until *go* is readable."""
+    """(wire, where, go): the loops of index 0 stand until *go* is readable."""
     wire, where, go = args
-    me = current_worker()
-    wire.send(("enter", index, me.generation, os.getpid()))
-    if where == "start" and first_time(me):
+    wire.send(("enter", index, os.getpid()))
+    if where == "start" and index == 0:
         stand_still(go, wire)
-    if where == "loop" and first_time(me):
+    if where == "loop" and index == 0:
         loop.call_later(0.05, stand_still, go, wire)
     yield
-    wire.send(("leave", index, me.generation))
-    if where == "stop" and first_time(me):
+    wire.send(("leave", index))
+    if where == "stop" and index == 0:
         stand_still(go, wire)
-
-
-def first_time(me):
-    return me.index == 0 and me.generation == 1 and me.serial == 1
 
 
 def stand_still(go, wire):
-    wire.send(("standing",))
+    if not go.poll():
+        wire.send(("standing",))
     while not go.poll(0.01):
         pass
 

@@ -6,6 +6,7 @@ processes.  What remains is looked at by the nothing_left fixture around each te
 
 import contextlib
 import errno
+import functools
 import itertools
 import logging
 import os
@@ -20,8 +21,14 @@ import warnings
 
 import pytest
 import server_workers as workers
-from process_helpers import PATIENCE, START_METHODS, children_of, nothing_left_fixture  # noqa: F401
-from server_play import RUNNERS, Play, kill, script
+from process_helpers import (  # noqa: F401
+    PATIENCE,
+    START_METHODS,
+    children_of,
+    nothing_left_fixture,
+    patient_evidence_fixture,
+)
+from server_play import RUNNERS, Play, UntilShown, kill, script
 
 from aiotools.server import LogConfig, ServerFailed, start_server
 from aiotools.server.nurseries import nursery_usable
@@ -106,7 +113,7 @@ class TestSignals:
             (lambda: any_kind.count("enter") == 1, lambda: kill(signal.SIGTERM)),
             (lambda: any_kind.count("leaving") == 1, lambda: kill(signum)),
         )
-        with gate(any_kind) as go:
+        with gate(any_kind) as (go, _):
             report = any_kind.start(workers.slow_stop, go, drain_timeout=3600)
         assert left == []
         assert "stopping at once" in caplog.text
@@ -119,12 +126,16 @@ class TestSignals:
 
 @contextlib.contextmanager
 def gate(setup):
-    """Threads cannot be killed, they are given up; they end after this block."""
+    """What children wait for, and a function that lets them go on.
+
+    Threads cannot be killed, they are given up; they end after this block.
+    """
     reader, writer = setup.ctx.Pipe(duplex=False)
     with reader, writer:
         threads = set(threading.enumerate())
-        yield reader
-        writer.send("go")
+        release = functools.partial(writer.send, "go")
+        yield reader, release
+        release()
         for thread in set(threading.enumerate()) - threads:
             thread.join(PATIENCE)
 
@@ -149,57 +160,49 @@ class TestRaising:
 class TestHanging:
     """Evidence first, then the kill, then the successor."""
 
-    def entered_again(self, setup):
-        """Whether the first worker has a successor."""
-        return [m[0] for m in setup.of("enter")].count(0) == 2
-
     def test_in_its_loop(self, any_kind, caplog):
-        left = script(any_kind, (lambda: self.entered_again(any_kind), lambda: kill(signal.SIGTERM)))
-        with gate(any_kind) as go:
-            report = any_kind.start(workers.hangs, "loop", go, num_workers=2, hang_timeout=0.3, restart="on-failure")
-        assert left == []
-        hung = next(w for w in report.workers if w.index == 0)
-        assert hung.reason.startswith("hung")
+        said = ["its loop has not turned", "in stand_still"]
+        with gate(any_kind) as (go, release):
+            until = UntilShown(caplog, lambda text: all(s in text for s in said), release)
+            any_kind.start(
+                workers.hangs, "loop", go, num_workers=2, hang_timeout=0.3, plugins=[until], **until.PATIENT
+            )
+        assert until.record.reason.startswith("hung")
         if any_kind.kind != "thread":
-            assert hung.signal is signal.SIGKILL
-        assert "its loop has not turned" in caplog.text
-        assert "in stand_still" in caplog.text
+            assert until.record.signal is signal.SIGKILL
 
     def test_on_start(self, any_kind, caplog):
-        def its_time_is_over():
-            child = next(c for c in any_kind.sup.children if c.index == 0)
-            if child.handle is None:
-                # It was quicker to say so than the parent to learn that it had started it.
-                any_kind.sup.loop.call_later(0.01, its_time_is_over)
-            else:
+        def its_time_is_over(message):
+            if message[0] != "standing":
+                return
+            [child] = [c for c in any_kind.sup.children if c.index == 0]
+            if child.alive:
                 child.start_timed_out()
+            else:
+                # It was quicker to say so than the parent to learn that it had started it.
+                any_kind.sup.loop.call_later(0.01, its_time_is_over, message)
 
-        left = script(
-            any_kind,
-            (lambda: any_kind.count("standing") == 1, its_time_is_over),
-            (lambda: self.entered_again(any_kind), lambda: kill(signal.SIGTERM)),
-        )
-        with gate(any_kind) as go:
-            report = any_kind.start(
+        any_kind.react = its_time_is_over
+        with gate(any_kind) as (go, release):
+            until = UntilShown(caplog, lambda text: "in stand_still" in text, release)
+            any_kind.start(
                 workers.hangs,
                 "start",
                 go,
                 num_workers=2,
                 start_timeout=3600,
-                restart="on-failure",
-                plugins=[any_kind.plugin],
+                plugins=[any_kind.plugin, until],
+                **until.PATIENT,
             )
-        assert left == []
-        assert any("not ready within" in (w.reason or "") for w in report.workers)
-        assert "in stand_still" in caplog.text
+        assert "not ready within" in until.record.reason
 
-    def test_on_exit(self, any_kind, caplog):
+    def test_on_exit(self, any_kind, caplog, patient_evidence):
         left = script(
             any_kind,
             (lambda: any_kind.count("enter") == 1, lambda: kill(signal.SIGTERM)),
             (lambda: any_kind.count("standing") == 1, any_kind.end_drain),
         )
-        with gate(any_kind) as go:
+        with gate(any_kind) as (go, _):
             report = any_kind.start(
                 workers.hangs, "stop", go, drain_timeout=3600, cancel_timeout=0.1, plugins=[any_kind.plugin]
             )
@@ -213,7 +216,7 @@ class TestHanging:
 
     def test_deaf_to_all_requests(self, processes, caplog):
         processes.stop_after("enter", 1)
-        report = processes.start(workers.ignores_signals, drain_timeout=0.1, cancel_timeout=0.1)
+        report = processes.start(workers.ignores_signals, drain_timeout=0, cancel_timeout=0)
         assert report.workers[0].signal is signal.SIGKILL
         assert "does not end; killing it" in caplog.text
 

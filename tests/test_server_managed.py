@@ -1,7 +1,10 @@
 """What start_server() can do beyond its classic arguments."""
 
 import asyncio
+import collections
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import multiprocessing
@@ -14,10 +17,17 @@ import threading
 
 import pytest
 import server_workers as workers
-from process_helpers import PATIENCE, START_METHODS, nothing_left_fixture  # noqa: F401
+from process_helpers import (  # noqa: F401
+    PATIENCE,
+    START_METHODS,
+    nothing_left_fixture,
+    patient_evidence_fixture,
+    wait_process_gone,
+)
 from server_play import RUNNERS, Play, kill, script
 
-from aiotools.server import ServerFailed, ServerOptions, control, main_context, start_server
+from aiotools.server import ServerFailed, ServerOptions, control, kinds, main_context, start_server
+from aiotools.server.nurseries import nursery_usable
 
 pytestmark = [pytest.mark.usefixtures("nothing_left"), pytest.mark.timeout(300)]
 
@@ -302,24 +312,41 @@ class TestRestart:
 
 
 class TestStop:
-    def test_what_does_not_drain_is_cancelled(self, play, capfd):
-        script(play, (lambda: play.count("enter") == 1, lambda: kill(signal.SIGTERM)))
-        report = play.start(workers.stuck_in_drain, False, drain_timeout=0.1, report=True)
-        assert play.of("cancelled") == [(0,)]
-        assert report.workers[0].signal is None
-
-    def test_what_ignores_the_cancellation_is_killed(self, play, caplog):
-        script(play, (lambda: play.count("enter") == 1, lambda: kill(signal.SIGTERM)))
-        report = play.start(workers.stuck_in_drain, True, drain_timeout=0.1, cancel_timeout=0.1, report=True)
-        assert report.workers[0].signal is signal.SIGKILL
-        assert "stacks of worker 0" in caplog.text
-
-    def test_a_blocked_loop_is_killed_and_its_stack_logged(self, play, caplog):
-        left = script(
+    def stop_and_end_drain(self, play):
+        """What is left to do: nothing, once the server was stopped, and its worker was cancelled while it drained."""
+        return script(
             play,
             (lambda: play.count("enter") == 1, lambda: kill(signal.SIGTERM)),
             (lambda: play.count("leaving") == 1, play.end_drain),
         )
+
+    @pytest.mark.parametrize("kind", ["process", "thread"])
+    def test_what_does_not_drain_is_cancelled(self, play, capfd, kind):
+        left = self.stop_and_end_drain(play)
+        report = play.start(
+            workers.stuck_in_drain,
+            False,
+            worker_kind=kind,
+            drain_timeout=3600,
+            cancel_timeout=3600,
+            report=True,
+            plugins=[play.plugin],
+        )
+        assert left == []
+        assert play.of("cancelled") == [(0,)]
+        assert report.workers[0].signal is None
+
+    def test_what_ignores_the_cancellation_is_killed(self, play, caplog):
+        left = self.stop_and_end_drain(play)
+        report = play.start(
+            workers.stuck_in_drain, True, drain_timeout=3600, cancel_timeout=0.1, report=True, plugins=[play.plugin]
+        )
+        assert left == []
+        assert report.workers[0].signal is signal.SIGKILL
+        assert "stacks of worker 0" in caplog.text
+
+    def test_a_blocked_loop_is_killed_and_its_stack_logged(self, play, caplog, patient_evidence):
+        left = self.stop_and_end_drain(play)
         report = play.start(
             workers.hangs_in_stop, drain_timeout=3600, cancel_timeout=0.1, report=True, plugins=[play.plugin]
         )
@@ -463,6 +490,13 @@ class TestRecycling:
         order = [m[0] for m in quick.said]
         assert order[:3] == ["enter", "enter", "leave"]
 
+    def test_one_that_asks_in_its_start_and_one_that_asks_while_its_predecessor_drains_are_heard(self, quick):
+        """Each worker asks at once, and each asks once."""
+        left = script(quick, (lambda: quick.count("leave") == 3, lambda: kill(signal.SIGTERM)))
+        report = quick.start(workers.asks_for_a_successor, restart="on-failure", report=True)
+        assert left == []
+        assert [w.reason for w in report.workers][:3] == ["recycled: at once"] * 3
+
     def test_by_age(self, quick):
         left = script(quick, (lambda: quick.count("leave") == 1, lambda: kill(signal.SIGTERM)))
         report = quick.start(workers.managed, max_age=0.2, restart="on-failure", report=True)
@@ -511,11 +545,6 @@ class TestThreads:
         )
         assert (0, signal.SIGINT) in quick.of("leave")
         assert [w.code for w in report.workers] == [0, 1]
-
-    def test_what_does_not_drain_is_cancelled(self, quick):
-        script(quick, (lambda: quick.count("enter") == 1, lambda: kill(signal.SIGTERM)))
-        quick.start(workers.stuck_in_drain, False, worker_kind="thread", drain_timeout=0.1)
-        assert quick.of("cancelled") == [(0,)]
 
     def test_on_a_free_threaded_build_it_says_when_the_gil_came_back(self, quick, monkeypatch, caplog):
         monkeypatch.setattr("aiotools.server.launch.gil_came_back", lambda: True)
@@ -768,3 +797,197 @@ class TestPlugins:
             "finish",
             "close",
         ]
+
+
+class TestSlowStart:
+    """The parent learns late that a child is up: meanwhile that runs, speaks, is told to stop, or dies."""
+
+    @pytest.fixture
+    def starts(self, monkeypatch):
+        """One list per start: the gate that holds up its end in the parent, where there is one."""
+        gates = collections.defaultdict(list)
+        count = itertools.count()
+
+        async def start_late(spec, mp_context):
+            number = next(count)
+            handle = await kinds.start_process(spec, mp_context)
+            try:
+                for gate in gates[number]:
+                    await gate.wait()
+            except BaseException:
+                handle.send_signal(signal.SIGKILL)
+                await handle.wait()
+                raise
+            return handle
+
+        monkeypatch.setattr("aiotools.server.launch.start_process", start_late)
+        return gates
+
+    def test_a_stop_waits_for_it(self, play, starts):
+        up = asyncio.Event()
+        starts[1].append(up)
+
+        def stop():
+            kill(signal.SIGTERM)
+            # When the server tells its children to stop, this one has no process yet.
+            play.sup.loop.call_later(0.05, up.set)
+
+        left = script(
+            play,
+            (lambda: play.count("enter") == 1, lambda: kill(signal.SIGHUP)),
+            (lambda: play.count("enter") == 2, stop),
+        )
+        report = play.start(workers.managed, restart="on-failure", report=True, plugins=[play.plugin])
+        assert left == []
+        assert play.count("leave") == 2
+        assert [(w.code, w.reason) for w in report.workers] == [(0, "stopped")] * 2
+
+    def test_an_extra_without_a_loop_hears_the_signal_afterwards(self, quick, starts):
+        up = asyncio.Event()
+        starts[2].append(up)
+
+        def stop():
+            kill(signal.SIGTERM)
+            quick.sup.loop.call_later(0.05, up.set)
+
+        left = script(
+            quick,
+            (lambda: quick.count("extra") == 1, lambda: os.kill(quick.of("extra")[0][1], signal.SIGKILL)),
+            (lambda: quick.count("extra") == 2, stop),
+        )
+        report = quick.start(
+            workers.managed,
+            extra_procs=[workers.extra_with_pid],
+            restart="on-failure",
+            report=True,
+            plugins=[quick.plugin],
+        )
+        assert left == []
+        assert report.workers[-1].code == 0
+
+    def test_who_dies_meanwhile_has_been_ready(self, quick, starts):
+        up = asyncio.Event()
+        starts[1].append(up)
+
+        def kill_it():
+            [pid] = [m[2] for m in quick.of("enter") if m[0] == 1]
+            os.kill(pid, signal.SIGKILL)
+            wait_process_gone(pid)
+            up.set()
+
+        left = script(
+            quick,
+            (lambda: quick.count("enter") == 2, kill_it),
+            (lambda: quick.count("enter") == 3, lambda: kill(signal.SIGTERM)),
+        )
+        report = quick.start(workers.managed, num_workers=2, restart="on-failure", report=True)
+        assert left == []
+        assert sorted(str(w.signal or w.code) for w in report.workers) == ["0", "0", "9"]
+
+    def test_each_that_dies_meanwhile_is_replaced(self, quick, starts):
+        gates = [asyncio.Event() for _ in range(3)]
+        for number, gate in enumerate(gates):
+            starts[number].append(gate)
+
+        def kill_it(number):
+            pid = quick.of("enter")[number][2]
+            os.kill(pid, signal.SIGKILL)
+            wait_process_gone(pid)
+            gates[number].set()
+
+        left = script(
+            quick,
+            *[(lambda n=n: quick.count("enter") == n + 1, functools.partial(kill_it, n)) for n in range(3)],
+            (lambda: quick.count("enter") == 4, lambda: kill(signal.SIGTERM)),
+        )
+        report = quick.start(workers.managed, restart="on-failure", report=True, backoff=0.01)
+        assert left == []
+        assert [w.signal or w.code for w in report.workers] == [signal.SIGKILL] * 3 + [0]
+
+    def test_it_is_ready_for_the_server_when_there_is_a_process(self, quick, starts):
+        up = asyncio.Event()
+        starts[0].append(up)
+        seen = []
+
+        def look():
+            [worker] = quick.sup.status()["workers"]
+            seen.append((worker["state"], worker["pid"]))
+            if up.is_set():
+                kill(signal.SIGTERM)
+            up.set()
+
+        quick.on_event("ready", look)
+        script(quick, (lambda: quick.count("enter") == 1, look))
+        quick.start(workers.managed, plugins=[quick.plugin])
+        assert seen == [("starting", None), ("ready", quick.of("enter")[0][2])]
+
+    def test_a_kill_reaches_it(self, quick, starts):
+        """And the next one is started."""
+        starts[1].append(asyncio.Event())
+
+        def kill_it():
+            [child] = quick.sup.children
+            quick.sup.spawn(quick.sup.kill_child(child, "killed by the test", stacks=True))
+
+        left = script(
+            quick,
+            (lambda: quick.count("enter") == 1, lambda: os.kill(quick.of("enter")[0][2], signal.SIGKILL)),
+            (lambda: quick.count("enter") == 2, kill_it),
+            (lambda: quick.count("enter") == 3, lambda: kill(signal.SIGTERM)),
+        )
+        report = quick.start(workers.managed, restart="on-failure", report=True, plugins=[quick.plugin])
+        assert left == []
+        assert [w.signal or w.code for w in report.workers] == [signal.SIGKILL, 0]
+        assert quick.count("leave") == 1
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_a_stop_at_once_does_not_wait_for_it(self, quick, starts, again):
+        starts[1].append(asyncio.Event())
+        left = script(
+            quick,
+            (lambda: quick.count("enter") == 1, lambda: kill(signal.SIGHUP)),
+            (lambda: quick.count("enter") == 2, lambda: kill(signal.SIGTERM)),
+        )
+        if again:
+            quick.on_event("stopping", lambda: kill(signal.SIGINT))
+        budgets = {"drain_timeout": 3600} if again else {"drain_timeout": 0, "cancel_timeout": 0}
+        report = quick.start(workers.managed, restart="on-failure", report=True, plugins=[quick.plugin], **budgets)
+        assert left == []
+        assert [w.generation for w in report.workers] == [1]
+
+    def test_verbs_wait_for_the_first_children(self, quick, starts):
+        """A rolling restart replaces those; one that is not wanted any more is not started."""
+        up = asyncio.Event()
+        starts[0].append(up)
+
+        def ask():
+            kill(signal.SIGHUP)
+            kill(signal.SIGTTOU)
+            quick.sup.loop.call_later(0.05, up.set)
+
+        left = script(
+            quick,
+            (lambda: quick.count("enter") == 1, ask),
+            (lambda: quick.count("leave") == 1, lambda: kill(signal.SIGTERM)),
+        )
+        quick.on_event("ready", lambda: quick.events.append("all ready"))
+        report = quick.start(workers.managed, num_workers=2, restart="on-failure", report=True, plugins=[quick.plugin])
+        assert left == []
+        assert [(w.index, w.generation, w.reason) for w in report.workers] == [(0, 1, "reloaded"), (0, 2, "stopped")]
+        assert "all ready" in quick.events
+
+    @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTTIN", "SIGTTOU"])
+    @pytest.mark.parametrize("method", ["spawn", "nursery"])
+    def test_a_signal_to_the_whole_group_does_not_harm_it(self, name, method):
+        if method == "nursery" and not nursery_usable():
+            pytest.skip("forking is not safe here")
+        play = Play("spawn", "default")
+        with play.wire:
+            play.stop_after("enter", 1)
+            report = play.start(
+                workers.SignalledOnArrival(getattr(signal, name)),
+                mp_context=None if method == "nursery" else play.ctx,
+                boot_failure_limit=1,
+                report=True,
+            )
+        assert [(w.code, w.reason) for w in report.workers] == [(0, "stopped")]

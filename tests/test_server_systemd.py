@@ -167,7 +167,11 @@ class TestServer:
             quick.sup.loop.call_later(0.1, kill, signal.SIGTERM)
 
         quick.on_event("ready", when_late)
-        quick.start(board_workers.stops_turning, "system call", restart="on-failure", plugins=[quick.plugin])
+        reader, writer = quick.ctx.Pipe(duplex=False)
+        with reader, writer:
+            quick.start(
+                board_workers.stops_turning, "system call", reader, restart="on-failure", plugins=[quick.plugin]
+            )
         assert found == [0]
 
     def test_a_classic_server_says_nothing(self, quick, manager):
