@@ -168,9 +168,7 @@ def _check_timeout(timeout: float | None) -> float | None:
     if timeout is None:
         return None
     if not isinstance(timeout, (int, float)):
-        raise TypeError(
-            f"timeout must be None or a number of seconds, not {type(timeout).__name__!r}"
-        )
+        raise TypeError(f"timeout must be None or a number of seconds, not {type(timeout).__name__!r}")
     # The negation is there for NaN.
     if not timeout >= 0:
         raise ValueError(f"timeout must be None or a number of seconds >= 0, not {timeout!r}")
@@ -413,13 +411,9 @@ class LoopThread:
             if future.cancel():
                 # Either the work was cancelled, or it is now; then only its end is to come.
                 if not future._work_ended.wait(_CANCEL_GRACE):
-                    log.warning(
-                        "%r: a coroutine goes on after it was cancelled by a timeout of run()", self
-                    )
+                    log.warning("%r: a coroutine goes on after it was cancelled by a timeout of run()", self)
                 if type(exc) is TimeoutError:
-                    raise TimeoutError(
-                        f"the coroutine did not end within {timeout} seconds"
-                    ) from None
+                    raise TimeoutError(f"the coroutine did not end within {timeout} seconds") from None
             elif type(exc) is TimeoutError and not future._picked_up:
                 # It ended at the last moment.
                 return future.result()
@@ -685,8 +679,7 @@ class LoopThread:
                 # A task's goes to the task and out of the loop, before the task's callbacks
                 # (asyncio) or after them (uvloop).
                 if exc is not self._delivered and not any(
-                    task.done() and not task.cancelled() and task.exception() is exc
-                    for task in self._work
+                    task.done() and not task.cancelled() and task.exception() is exc for task in self._work
                 ):
                     log.exception("%r: the loop goes on", self)
             else:
@@ -699,9 +692,7 @@ class LoopThread:
 
     def _check_process(self) -> None:
         if self._is_forked():
-            raise RuntimeError(
-                f"{self!r} belongs to the parent process: a thread does not survive os.fork()"
-            )
+            raise RuntimeError(f"{self!r} belongs to the parent process: a thread does not survive os.fork()")
 
     def _refuse_in_own_thread(self, what: str) -> None:
         if threading.get_ident() == self._thread.ident and not self._ended.done():

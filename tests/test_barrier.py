@@ -839,7 +839,7 @@ async def test_in_a_hurry_too(parties, operations):
     assert sum(not task.done() for task in tasks) == barrier.n_waiting < barrier.parties
     barrier.reset()
     answers = await results(tasks)
-    assert all(
-        answer == "cancelled" or type(answer) in (int, asyncio.BrokenBarrierError) for answer in answers
-    ), answers
+    assert all(answer == "cancelled" or type(answer) in (int, asyncio.BrokenBarrierError) for answer in answers), (
+        answers
+    )
     assert sorted(await asyncio.gather(*spawn(barrier, parties))) == list(range(parties))

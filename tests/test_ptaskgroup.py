@@ -161,7 +161,6 @@ class TestEnding:
             await task
         assert log == ["child"]
 
-
     async def test_the_first_cancellation_of_the_parent_is_what_the_block_ends_with(self):
         async def child():
             try:

@@ -164,9 +164,7 @@ class TestHanging:
         said = ["its loop has not turned", "in stand_still"]
         with gate(any_kind) as (go, release):
             until = UntilShown(caplog, lambda text: all(s in text for s in said), release)
-            any_kind.start(
-                workers.hangs, "loop", go, num_workers=2, hang_timeout=0.3, plugins=[until], **until.PATIENT
-            )
+            any_kind.start(workers.hangs, "loop", go, num_workers=2, hang_timeout=0.3, plugins=[until], **until.PATIENT)
         assert until.record.reason.startswith("hung")
         if any_kind.kind != "thread":
             assert until.record.signal is signal.SIGKILL

@@ -201,7 +201,9 @@ class TestMistakes:
         with pytest.raises(ValueError):
             aiotools.Retry(**bad)
 
-    @pytest.mark.parametrize("bad", [{"attempts": "3"}, {"attempts": True}, {"on": 3}, {"on": (ValueError, BaseException)}])
+    @pytest.mark.parametrize(
+        "bad", [{"attempts": "3"}, {"attempts": True}, {"on": 3}, {"on": (ValueError, BaseException)}]
+    )
     def test_what_is_no_policy_by_its_type(self, bad):
         with pytest.raises(TypeError, match=next(iter(bad))):
             aiotools.Retry(**bad)

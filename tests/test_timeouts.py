@@ -291,7 +291,7 @@ class TestGroups:
         assert info.value.message == "group"
         assert current().uncancel() == 0
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.sleep(0)      # up to 3.12 the request stays pending
+            await asyncio.sleep(0)  # up to 3.12 the request stays pending
 
     async def test_a_group_whose_split_is_broken(self):
         class Group(BaseExceptionGroup):
@@ -400,7 +400,7 @@ class TestCancellationFromOutside:
                     await forever()
                 except asyncio.CancelledError:
                     cm.reschedule(now())
-                    await forever()     # clean-up that takes too long
+                    await forever()  # clean-up that takes too long
 
         task = asyncio.create_task(body())
         await turns(2)

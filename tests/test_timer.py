@@ -1574,7 +1574,9 @@ class TestBadInput:
         assert timer.next_due == due
         await stop(timer)
 
-    @pytest.mark.parametrize("number", [2, 2.0, True, __import__("fractions").Fraction(2), __import__("decimal").Decimal(2)])
+    @pytest.mark.parametrize(
+        "number", [2, 2.0, True, __import__("fractions").Fraction(2), __import__("decimal").Decimal(2)]
+    )
     async def test_numbers_of_all_kinds_are_seconds(self, number):
         given = []
 

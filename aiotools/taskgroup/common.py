@@ -17,8 +17,6 @@ def next_name() -> str:
     return f"tg-{next(_names)}"
 
 
-async def print_exception(
-    exc_type: type[BaseException], exc: BaseException, tb: TracebackType | None
-) -> None:
+async def print_exception(exc_type: type[BaseException], exc: BaseException, tb: TracebackType | None) -> None:
     """The default handler of persistent groups: the traceback, to stderr."""
     traceback.print_exception(exc_type, exc, tb)

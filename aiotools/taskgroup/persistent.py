@@ -65,7 +65,9 @@ class PersistentTaskGroup:
             raise RuntimeError("PersistentTaskGroup() must be constructed within a task")
         self._parent_task: asyncio.Task[Any] | None = task
         self._name = str(next(_numbers)) if name is None else str(name)
-        self._exception_handler: AsyncExceptionHandler = print_exception if exception_handler is None else exception_handler
+        self._exception_handler: AsyncExceptionHandler = (
+            print_exception if exception_handler is None else exception_handler
+        )
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unfinished_tasks = 0
         self._entered = False
